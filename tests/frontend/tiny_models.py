@@ -1,7 +1,7 @@
 """Tiny random checkpoints, saved by transformers itself, of every architecture that the tests compare.
 
-Every parameter and every persistent buffer is random (norm weights, biases, selection biases), so that a tensor which is
-dropped, swapped or misread changes the logits.
+Every parameter and every persistent buffer is random (norm weights, biases, selection biases), so that a tensor which
+is dropped, swapped or misread changes the logits.
 """
 
 from __future__ import annotations
@@ -206,14 +206,16 @@ def save_tiny_checkpoint(model_type: str, folder: str | Path, seed: int = 0, **o
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Overwrites every floating parameter and persistent buffer so that logits are about 1 to 5 and no tensor is idle."""
+    """Overwrites every floating parameter and persistent buffer for logits of about 1 to 5 and no idle tensor."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: torch.Tensor) -> torch.Tensor:
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.dtype)
 
     stored = set(model.state_dict(keep_vars=True))
-    routers = {name for name, tensor in model.named_parameters() if tensor.ndim == 2 and tensor.shape[0] == EXPERT_COUNT}
+    routers = {
+        name for name, tensor in model.named_parameters() if tensor.ndim == 2 and tensor.shape[0] == EXPERT_COUNT
+    }
     tensors = dict(model.named_parameters())
     tensors.update((name, tensor) for name, tensor in model.named_buffers() if name in stored)
     embedding = model.get_input_embeddings().weight if isinstance(model, PreTrainedModel) else None
