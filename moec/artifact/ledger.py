@@ -1,0 +1,66 @@
+"""The ledger: one line per pass that says what the pass claims, what was measured, and what it did to the model."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ModelSize(BaseModel):
+    """The size of a model at one point of the pipeline."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parameters: int = Field(ge=0)
+    """Elements of all weights, each stored weight counted once."""
+
+    bytes: int = Field(ge=0)
+    """Bytes of all weights in the data types that the module holds them in."""
+
+    active_flops: int = Field(ge=0)
+    """Floating-point operations of the matrix products per token (2 per multiplication), routed experts only."""
+
+    operations: int = Field(ge=0)
+    """Operations in the module, nested ones included."""
+
+
+class CheckOutcome(StrEnum):
+    """What comparing the model before and after a pass gave."""
+
+    UNCHANGED = "unchanged"  # the printed module and all weights are the same
+    WITHIN_BOUND = "within bound"  # claimed exact, and the relative error is below the bound
+    MEASURED = "measured"  # claimed lossy, and the error is in `layer_errors`
+    NOT_CHECKED = "not checked"  # --check none
+
+
+class LayerError(BaseModel):
+    """The relative error that a lossy pass caused at the end of one layer, rounded to four significant digits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: str
+    relative_error: float = Field(ge=0)
+
+
+class LedgerEntry(BaseModel):
+    """One line of the ledger. It holds nothing that varies from run to run: times are in measurements.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pass_text: str
+    """The pass and its options as pipeline text."""
+
+    claim: str
+    """`exact` or `lossy`."""
+
+    outcome: CheckOutcome
+    layer_errors: tuple[LayerError, ...]
+    before: ModelSize
+    after: ModelSize
+    seed: int
+
+
+def round_error(value: float) -> float:
+    """`value` to four significant digits, which do not depend on the number of threads that computed it."""
+    return float(f"{value:.4g}")
