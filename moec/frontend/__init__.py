@@ -1,0 +1,1 @@
+"""Frontends: what turns a source model into a `moec.module.Module`."""
