@@ -1,0 +1,305 @@
+"""What weight expressions mean: shape and element type without reading, values with reading only what is asked for.
+
+A region (one range per dimension) is pushed down through the expression to the files: `stack(0, ...)` for one expert
+reads one expert, a row of a transposed matrix reads one column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NoReturn, Protocol
+
+import torch
+
+from moec.errors import UsageError
+from moec.weights.dequantization import dequantize_fp8_block, dequantize_mxfp4
+from moec.weights.expression import (
+    Cast,
+    Concat,
+    Expression,
+    Fp8Block,
+    Mxfp4,
+    Permute,
+    Reference,
+    Reshape,
+    Slice,
+    Stack,
+    Stored,
+    Transpose,
+)
+from moec.weights.safetensors_file import Region
+from moec.weights.tensor_spec import DTYPE_TO_TEXT, TensorSpec
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class TensorSource(Protocol):
+    """Where the leaves of expressions come from. Each method raises a MoecError when there is no such tensor."""
+
+    def leaf_spec(self, leaf: Reference | Stored) -> TensorSpec:
+        """Shape and element type, without reading the tensor."""
+
+    def leaf_part(self, leaf: Reference | Stored, region: Region) -> torch.Tensor:
+        """A new tensor with the part `region`."""
+
+    def leaf_digest(self, leaf: Reference | Stored) -> str:
+        """SHA-256 of shape, element type and bytes."""
+
+
+def full_region(spec: TensorSpec) -> Region:
+    """The region that covers everything."""
+    return tuple(range(size) for size in spec.shape)
+
+
+def infer(expression: Expression, source: TensorSource, known: dict[Expression, TensorSpec]) -> TensorSpec:
+    """Shape and element type of `expression`; `known` remembers those of the subexpressions between calls.
+
+    Raises UsageError when the parts do not fit together, with the part of the expression that is wrong.
+    """
+    found = known.get(expression)
+    if found is None:
+        operands = [infer(operand, source, known) for operand in expression.operands]
+        found = _infer_one(expression, operands, source)
+        known[expression] = found
+    return found
+
+
+def _fail(expression: Expression, problem: str) -> NoReturn:
+    text = str(expression)
+    raise UsageError(
+        f"the weight expression is wrong: {problem}",
+        where=text if len(text) <= 300 else f"{text[:300]}...",
+        hint="correct the `source` of the weight",
+    )
+
+
+def _check_dim(expression: Expression, dim: int, rank: int) -> None:
+    if not 0 <= dim < rank:
+        _fail(expression, f"there is no dimension {dim} among {rank}")
+
+
+def _infer_one(expression: Expression, operands: list[TensorSpec], source: TensorSource) -> TensorSpec:
+    match expression:
+        case Reference() | Stored():
+            return source.leaf_spec(expression)
+        case Stack(dim, _):
+            first = operands[0]
+            _check_dim(expression, dim, len(first.shape) + 1)
+            for other in operands[1:]:
+                if other != first:
+                    _fail(expression, f"stacked tensors must be alike, but there are {first} and {other}")
+            return TensorSpec((*first.shape[:dim], len(operands), *first.shape[dim:]), first.dtype)
+        case Concat(dim, _):
+            first = operands[0]
+            _check_dim(expression, dim, len(first.shape))
+            for other in operands[1:]:
+                same = other.shape[:dim] == first.shape[:dim] and other.shape[dim + 1 :] == first.shape[dim + 1 :]
+                if other.dtype != first.dtype or len(other.shape) != len(first.shape) or not same:
+                    _fail(expression, f"{first} and {other} cannot be concatenated along dimension {dim}")
+            size = sum(operand.shape[dim] for operand in operands)
+            return TensorSpec((*first.shape[:dim], size, *first.shape[dim + 1 :]), first.dtype)
+        case Transpose(_, one, other):
+            shape = list(operands[0].shape)
+            _check_dim(expression, one, len(shape))
+            _check_dim(expression, other, len(shape))
+            shape[one], shape[other] = shape[other], shape[one]
+            return TensorSpec(tuple(shape), operands[0].dtype)
+        case Permute(_, dims):
+            if sorted(dims) != list(range(len(operands[0].shape))):
+                _fail(expression, f"{dims} is not an order of the dimensions of {operands[0]}")
+            return TensorSpec(tuple(operands[0].shape[dim] for dim in dims), operands[0].dtype)
+        case Slice(_, dim, start, stop, step):
+            shape = list(operands[0].shape)
+            _check_dim(expression, dim, len(shape))
+            if not start <= stop <= shape[dim] or step < 1:
+                _fail(expression, f"{start}:{stop}:{step} is not a slice of {shape[dim]} elements")
+            shape[dim] = len(range(start, stop, step))
+            return TensorSpec(tuple(shape), operands[0].dtype)
+        case Reshape(_, shape):
+            result = TensorSpec(shape, operands[0].dtype)
+            if result.elements != operands[0].elements:
+                _fail(expression, f"{operands[0]} has {operands[0].elements} elements, the new shape {result.elements}")
+            return result
+        case Cast(_, dtype):
+            return TensorSpec(operands[0].shape, dtype)
+        case Fp8Block(_, _, rows, columns):
+            return _infer_fp8_block(expression, operands[0], operands[1], rows, columns)
+        case Mxfp4():
+            return _infer_mxfp4(expression, operands[0], operands[1])
+    raise TypeError(f"{type(expression).__name__} has no meaning")
+
+
+def _infer_fp8_block(
+    expression: Expression, weight: TensorSpec, scale: TensorSpec, rows: int, columns: int
+) -> TensorSpec:
+    if weight.dtype not in _FLOAT8 or not scale.dtype.is_floating_point:
+        _fail(expression, f"it needs a float8 weight and floating-point scales, not {weight} and {scale}")
+    if len(weight.shape) < 2 or rows < 1 or columns < 1:
+        _fail(expression, f"{weight} cannot be cut into blocks of {rows} x {columns}")
+    expected = (*weight.shape[:-2], -(-weight.shape[-2] // rows), -(-weight.shape[-1] // columns))
+    if scale.shape != expected:
+        _fail(
+            expression, f"{weight} in blocks of {rows} x {columns} needs scales of shape {list(expected)}, not {scale}"
+        )
+    return TensorSpec(weight.shape, torch.float32)
+
+
+def _infer_mxfp4(expression: Expression, blocks: TensorSpec, scales: TensorSpec) -> TensorSpec:
+    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
+        _fail(expression, f"it needs uint8 blocks and scales, not {blocks} and {scales}")
+    if len(blocks.shape) != 4 or blocks.shape[:-1] != scales.shape:
+        _fail(
+            expression,
+            f"blocks [experts, rows, groups, bytes] need scales [experts, rows, groups], not {blocks} and {scales}",
+        )
+    experts, rows, groups, packed = blocks.shape
+    return TensorSpec((experts, groups * packed * 2, rows), torch.float32)
+
+
+def evaluate(
+    expression: Expression, region: Region, source: TensorSource, known: dict[Expression, TensorSpec]
+) -> torch.Tensor:
+    """The part `region` of the value of `expression`: a new dense tensor of shape [len(part) for part in region].
+
+    Raises UsageError for expressions that do not fit together, and whatever `source` raises.
+    """
+    spec = infer(expression, source, known)
+    match expression:
+        case Reference() | Stored():
+            return source.leaf_part(expression, region)
+        case Stack(dim, parts):
+            result = torch.empty([len(part) for part in region], dtype=spec.dtype)
+            rest = region[:dim] + region[dim + 1 :]
+            for position, chosen in enumerate(region[dim]):
+                result.select(dim, position).copy_(evaluate(parts[chosen], rest, source, known))
+            return result
+        case Concat(dim, parts):
+            return _evaluate_concat(dim, parts, region, spec, source, known)
+        case Transpose(operand, one, other):
+            swapped = list(region)
+            swapped[one], swapped[other] = swapped[other], swapped[one]
+            return evaluate(operand, tuple(swapped), source, known).transpose(one, other).contiguous()
+        case Permute(operand, dims):
+            inner = tuple(region[dims.index(dim)] for dim in range(len(dims)))
+            return evaluate(operand, inner, source, known).permute(dims).contiguous()
+        case Slice(operand, dim, start, stop, step):
+            wanted = region[dim]
+            part = range(start, stop, step)[wanted.start : wanted.stop : wanted.step]
+            return evaluate(operand, (*region[:dim], part, *region[dim + 1 :]), source, known)
+        case Reshape(operand, _):
+            return _evaluate_reshape(operand, region, spec, source, known)
+        case Cast(operand, dtype):
+            return evaluate(operand, region, source, known).to(dtype)
+        case Fp8Block():
+            return _evaluate_fp8_block(expression, region, source, known)
+        case Mxfp4():
+            return _evaluate_mxfp4(expression, region, source, known)
+    raise TypeError(f"{type(expression).__name__} has no meaning")
+
+
+def _evaluate_concat(
+    dim: int,
+    parts: tuple[Expression, ...],
+    region: Region,
+    spec: TensorSpec,
+    source: TensorSource,
+    known: dict[Expression, TensorSpec],
+) -> torch.Tensor:
+    result = torch.empty([len(part) for part in region], dtype=spec.dtype)
+    wanted = region[dim]
+    begin = 0
+    done = 0
+    for part in parts:
+        end = begin + infer(part, source, known).shape[dim]
+        stop = max(done, min(len(wanted), -(-(end - wanted.start) // wanted.step)))
+        chosen = wanted[done:stop]
+        if len(chosen):
+            local = range(chosen.start - begin, chosen.stop - begin, chosen.step)
+            inner = (*region[:dim], local, *region[dim + 1 :])
+            result.narrow(dim, done, len(chosen)).copy_(evaluate(part, inner, source, known))
+        begin, done = end, stop
+    return result
+
+
+def _evaluate_reshape(
+    operand: Expression, region: Region, spec: TensorSpec, source: TensorSource, known: dict[Expression, TensorSpec]
+) -> torch.Tensor:
+    """Read the rows of `operand` that cover the wanted rows, then cut. Both are contiguous runs of elements."""
+    inner = infer(operand, source, known)
+    if spec.elements == 0 or not spec.shape or not inner.shape or not all(region):
+        value = evaluate(operand, full_region(inner), source, known).reshape(spec.shape)
+        return value[tuple(slice(part.start, part.stop, part.step) for part in region)].contiguous()
+    first, last = region[0][0], region[0][-1] + 1
+    row, inner_row = spec.elements // spec.shape[0], inner.elements // inner.shape[0]
+    inner_first, inner_last = first * row // inner_row, -(-last * row // inner_row)
+    covering = (range(inner_first, inner_last), *full_region(inner)[1:])
+    flat = evaluate(operand, covering, source, known).reshape(-1)
+    rows = flat[first * row - inner_first * inner_row :][: (last - first) * row].reshape(last - first, *spec.shape[1:])
+    window = (
+        slice(0, None, region[0].step),
+        *(slice(part.start, part.stop, part.step) for part in region[1:]),
+    )
+    # clone, because the rows may be a small part of what had to be read
+    return rows[window].clone(memory_format=torch.contiguous_format)
+
+
+def _evaluate_fp8_block(
+    expression: Fp8Block, region: Region, source: TensorSource, known: dict[Expression, TensorSpec]
+) -> torch.Tensor:
+    rows, columns = region[-2:]
+    weight = evaluate(expression.weight, region, source, known)
+    row_blocks, row_indices = _blocks(rows, expression.block_rows)
+    column_blocks, column_indices = _blocks(columns, expression.block_columns)
+    scale = evaluate(expression.scale, (*region[:-2], row_blocks, column_blocks), source, known)
+    return dequantize_fp8_block(weight, scale, row_indices, column_indices)
+
+
+def _evaluate_mxfp4(
+    expression: Mxfp4, region: Region, source: TensorSource, known: dict[Expression, TensorSpec]
+) -> torch.Tensor:
+    experts, columns, rows = region
+    packed = infer(expression.blocks, source, known).shape[-1]
+    groups, _ = _blocks(columns, 2 * packed)
+    blocks = evaluate(expression.blocks, (experts, rows, groups, range(packed)), source, known)
+    scales = evaluate(expression.scales, (experts, rows, groups), source, known)
+    values = dequantize_mxfp4(blocks, scales)
+    offset = groups.start * 2 * packed
+    values = values[..., columns.start - offset : columns.stop - offset : columns.step]
+    return values.transpose(1, 2).contiguous()
+
+
+def _blocks(wanted: range, size: int) -> tuple[range, torch.Tensor]:
+    """The blocks of `size` elements that cover `wanted`; for each wanted element its block, counted from the first."""
+    if not wanted:
+        return range(0), torch.empty(0, dtype=torch.int64)
+    covering = range(wanted[0] // size, wanted[-1] // size + 1)
+    return covering, torch.tensor(wanted, dtype=torch.int64) // size - covering.start
+
+
+def expression_digest(expression: Expression, source: TensorSource) -> str:
+    """SHA-256 of what `expression` computes from which contents; names and files do not matter.
+
+    Equal digests mean equal values; one value may be written as different expressions with different digests.
+    """
+    match expression:
+        case Reference() | Stored():
+            return source.leaf_digest(expression)
+        case Transpose(_, first, second):
+            options: tuple[object, ...] = (first, second)
+        case Slice(_, dim, start, stop, step):
+            options = (dim, start, stop, step)
+        case Permute(_, dims):
+            options = dims
+        case Reshape(_, shape):
+            options = shape
+        case Cast(_, dtype):
+            options = (DTYPE_TO_TEXT[dtype],)
+        case Stack(dim, _) | Concat(dim, _):
+            options = (dim,)
+        case Fp8Block(_, _, rows, columns):
+            options = (rows, columns)
+        case _:
+            options = ()
+    inner = [expression_digest(operand, source) for operand in expression.operands]
+    text = f"moec expression 1 {type(expression).__name__} {options} {' '.join(inner)}"
+    return hashlib.sha256(text.encode()).hexdigest()
