@@ -4,6 +4,7 @@ transformers dispatches attention, mask creation and expert computation through 
 gives a single opaque operation, so that every architecture traces to the same few nodes:
 
 - `moec::attention_mask(padding [B, T] bool, q_length, causal, window, chunk) -> [B, 1, S, T] bool` (True = attend)
+- `moec::unsupported_mask(padding, q_length, reason)`: a mask that no such operation expresses; an error only where it is used
 - `moec::attention(query [B, Hq, S, D], key [B, Hk, T, D], value [B, Hk, T, Dv], mask?, sinks? [Hq], scale, softcap)
   -> [B, S, Hq, Dv]`
 - `moec::experts(x [T, H], ids [T, K], gates [T, K], weights [E, ...]..., body) -> [T, H]`
@@ -46,6 +47,17 @@ def attention_mask(padding: torch.Tensor, q_length: int, causal: bool, window: i
 
 @attention_mask.register_fake
 def _(padding: torch.Tensor, q_length: int, causal: bool, window: int, chunk: int) -> torch.Tensor:
+    return padding.new_empty((padding.shape[0], 1, q_length, padding.shape[1]), dtype=torch.bool)
+
+
+@torch.library.custom_op("moec::unsupported_mask", mutates_args=())
+def unsupported_mask(padding: torch.Tensor, q_length: int, reason: str) -> torch.Tensor:
+    """Stands for a mask [B, 1, S, T] that was refused. Models create masks that none of their layers use."""
+    raise UnsupportedModelError(reason)
+
+
+@unsupported_mask.register_fake
+def _(padding: torch.Tensor, q_length: int, reason: str) -> torch.Tensor:
     return padding.new_empty((padding.shape[0], 1, q_length, padding.shape[1]), dtype=torch.bool)
 
 
@@ -131,15 +143,15 @@ def _mask_hook(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> torch.Tensor:
-    if mask_function is None:
-        pattern = AttentionMaskPattern(causal=True)
-    else:
-        pattern = probe_mask_function(mask_function)
-    if isinstance(q_offset, torch.Tensor) or q_offset != 0 or kv_offset != 0:
-        raise UnsupportedModelError("the attention mask starts at an offset although the trace uses no cache")
     padding = attention_mask
     if padding is None:
         padding = torch.ones((batch_size, kv_length), dtype=torch.int64, device=device)
+    if isinstance(q_offset, torch.Tensor) or q_offset != 0 or kv_offset != 0:
+        raise UnsupportedModelError("the attention mask starts at an offset although the trace uses no cache")
+    try:
+        pattern = AttentionMaskPattern(causal=True) if mask_function is None else probe_mask_function(mask_function)
+    except UnsupportedModelError as error:
+        return torch.ops.moec.unsupported_mask(padding, q_length, str(error))
     return torch.ops.moec.attention_mask(padding, q_length, pattern.causal, pattern.window, pattern.chunk)
 
 

@@ -28,8 +28,8 @@ MaskFunction = Callable[..., Any]
 class AttentionMaskPattern:
     """Which keys a query may attend to, by position. `window` and `chunk` are 0 where there is none.
 
-    causal: key <= query. window: query - key < window. chunk: both in the same block of `chunk` positions, counted from
-    the first position that is not left padding.
+    causal: key <= query. window: query - key < window, without `causal` |query - key| < window. chunk: both in the same
+    block of `chunk` positions, counted from the first position that is not left padding.
     """
 
     causal: bool
@@ -42,7 +42,8 @@ class AttentionMaskPattern:
         if self.causal:
             allowed = allowed & (key <= query)
         if self.window:
-            allowed = allowed & (query - key < self.window)
+            distance = query - key if self.causal else (query - key).abs()
+            allowed = allowed & (distance < self.window)
         if self.chunk:
             allowed = allowed & ((query - left_padding) // self.chunk == (key - left_padding) // self.chunk)
         return allowed

@@ -1,0 +1,58 @@
+"""Symbolic sizes of torch as size expressions of the IR."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+import torch
+from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, PythonMod
+
+from moec.errors import UnsupportedModelError
+from moec.ir.dimensions import DimExpr
+
+
+class SizeTranslator:
+    """Translates torch's symbols by a table from their names to sizes of the IR."""
+
+    def __init__(self, symbols: Mapping[str, int | DimExpr]) -> None:
+        self._symbols = symbols
+        self._known: dict[sympy.Expr, int | DimExpr] = {}
+
+    def __call__(self, size: int | torch.SymInt) -> int | DimExpr:
+        """The IR's form of a size; raises UnsupportedModelError where it depends on data or has no such form."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression not in self._known:
+            self._known[expression] = self._translate(expression)
+        return self._known[expression]
+
+    def _translate(self, expression: sympy.Expr) -> int | DimExpr:
+        match expression:
+            case sympy.Integer():
+                return int(expression)
+            case sympy.Symbol():
+                if expression.name not in self._symbols:
+                    raise UnsupportedModelError(f"a size depends on the data ({expression.name})")
+                return self._symbols[expression.name]
+            case sympy.Add():
+                total: int | DimExpr = 0
+                for term in expression.args:
+                    total = total + self._translate(term)
+                return total
+            case sympy.Mul():
+                product: int | DimExpr = 1
+                for factor in expression.args:
+                    product = product * self._translate(factor)
+                return product
+            case sympy.Pow() if expression.exp.is_Integer and int(expression.exp) > 0:
+                base, power = self._translate(expression.base), 1
+                for _ in range(int(expression.exp)):
+                    power = power * base  # type: ignore[assignment]
+                return power
+            case FloorDiv() | CleanDiv():
+                return self._translate(expression.args[0]) // self._translate(expression.args[1])
+            case Mod() | PythonMod():
+                return self._translate(expression.args[0]) % self._translate(expression.args[1])
+        raise UnsupportedModelError(f"the size {expression} cannot be expressed with + - * // %")
