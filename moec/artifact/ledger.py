@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from moec.artifact.record import Record
 
 
-class ModelSize(BaseModel):
+class ModelSize(Record):
     """The size of a model at one point of the pipeline."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     parameters: int = Field(ge=0)
     """Elements of all weights, each stored weight counted once."""
@@ -34,19 +34,15 @@ class CheckOutcome(StrEnum):
     NOT_CHECKED = "not checked"  # --check none
 
 
-class LayerError(BaseModel):
+class LayerError(Record):
     """The relative error that a lossy pass caused at the end of one layer, rounded to four significant digits."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layer: str
     relative_error: float = Field(ge=0)
 
 
-class LedgerEntry(BaseModel):
+class LedgerEntry(Record):
     """One line of the ledger. It holds nothing that varies from run to run: times are in measurements.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pass_text: str
     """The pass and its options as pipeline text."""

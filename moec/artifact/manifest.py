@@ -6,28 +6,22 @@ What varies from run to run is in `measurements.json` (`measurements.py`).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from moec.artifact.digest import sha256_of_file
 from moec.artifact.folder import MANIFEST_NAME
 from moec.artifact.ledger import LedgerEntry
+from moec.artifact.measurements import MEASUREMENTS_NAME
+from moec.artifact.record import Record, read_record, write_record
+from moec.artifact.report import REPORT_HTML, REPORT_JSON
 from moec.errors import UnsafeInputError, UsageError, VerificationError
 
 SCHEMA: Literal["moec.artifact/1"] = "moec.artifact/1"
-MEASUREMENTS_NAME = "measurements.json"
-REPORT_NAMES = ("report.html", "report.json")
-_OUTSIDE = frozenset({MANIFEST_NAME, MEASUREMENTS_NAME, *REPORT_NAMES})
+_OUTSIDE = frozenset({MANIFEST_NAME, MEASUREMENTS_NAME, REPORT_JSON, REPORT_HTML})
 _HEX_DIGEST = r"^[0-9a-f]{64}$"
-
-
-class Record(BaseModel):
-    """Base of what is stored as JSON: immutable, and refuses fields that it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class FileRecord(Record):
@@ -78,8 +72,6 @@ class Manifest(Record):
     verification: VerificationRecord
     files: dict[str, FileRecord]
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
 
 def describe_files(folder: Path) -> dict[str, FileRecord]:
     """Size and digest of every file below `folder` that the manifest vouches for, by path relative to it, in order."""
@@ -94,12 +86,7 @@ def describe_file(path: Path) -> FileRecord:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `moec.json` into `folder`: two spaces of indentation, the fields in the order of their declaration."""
-    write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json", by_alias=True))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON; refuses NaN and infinities, which JSON does not have."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_record(folder / MANIFEST_NAME, manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -114,16 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
             where=str(folder),
             hint="give the folder that `moec compile -o` wrote",
         )
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise UnsafeInputError(
-            f"the manifest is malformed: {first['msg']}",
-            where=f"{path}, field {field or '(top)'}",
-            hint="compile the artifact again",
-        ) from None
+    manifest = read_record(path, Manifest)
     for name in manifest.files:
         if name.startswith("/") or "\\" in name or ".." in name.split("/") or name in ("", "."):
             raise UnsafeInputError("the manifest names a file outside of its folder", where=f"{path}, file {name!r}")

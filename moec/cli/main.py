@@ -19,7 +19,6 @@ from moec.errors import MoecError
 EXIT_FAILED = 1
 EXIT_RESOURCES = 5
 EXIT_INTERRUPTED = 130
-EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE
 
 _EXHAUSTED = {
     errno.ENOSPC: "the disk is full",
@@ -70,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _run(line, debug)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes the standard output once more at exit; without a reader that must go nowhere.
+        # The parser handles a reader that went away earlier in the same way. Python flushes once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_PIPE_CLOSED
+        code = EXIT_FAILED
     sys.exit(code)
 
 
@@ -82,12 +81,12 @@ def _run(line: list[str], debug: bool) -> int:
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _report("interrupted; nothing was left behind", EXIT_INTERRUPTED, debug)
-    except BrokenPipeError:
-        raise
     except MoecError as error:
         return _report(f"error: {error}", error.exit_code, debug)
     except MemoryError as error:
-        return _report(f"error: the machine has no memory left ({error or 'allocation failed'}).", EXIT_RESOURCES, debug)
+        return _report(
+            f"error: the machine has no memory left ({error or 'allocation failed'}).", EXIT_RESOURCES, debug
+        )
     except OSError as error:
         cause = _EXHAUSTED.get(error.errno or 0)
         if cause is None:

@@ -1,0 +1,133 @@
+"""`measurements.json`: what varies from run to run, and is therefore outside of the manifest and its digests."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import Field
+
+from moec.artifact.record import Record
+
+MEASUREMENTS_NAME = "measurements.json"
+
+
+class Machine(Record):
+    """The machine that a measurement was made on."""
+
+    platform: str
+    processor: str
+    cores: int
+    memory_bytes: int
+
+
+class StepTime(Record):
+    """Time of one step in seconds, and the highest anonymous memory of the process seen at its end, in bytes."""
+
+    step: str
+    seconds: float = Field(ge=0)
+    cpu_seconds: float = Field(ge=0)
+    peak_resident_bytes: int = Field(ge=0)
+
+
+class Cost(Record):
+    """What a compilation costs; memory is the peak of anonymous resident memory."""
+
+    seconds: float = Field(ge=0)
+    memory_bytes: int = Field(ge=0)
+    disk_bytes: int = Field(ge=0)
+
+
+class VerificationRow(Record):
+    """One comparison: what was compared with what, the largest difference relative to the largest value, its bound."""
+
+    comparison: str
+    relative_difference: float
+    bound: float
+    ties: int = Field(default=0, ge=0)
+    tokens: int = Field(ge=0)
+
+
+class LossRow(Record):
+    """Losses on one text, in nats. `subject` is `source` or `artifact`."""
+
+    subject: str
+    text: str
+    tokens: int
+    nats_per_token: float
+    nats_per_byte: float
+
+
+class SpeedRow(Record):
+    """Speed of one subject at one task. `bound` is what the memory bandwidth or the matrix product speed allows."""
+
+    task: str
+    subject: str
+    tokens_per_second: float
+    bound_tokens_per_second: float | None = None
+
+
+class Measurements(Record):
+    """The content of measurements.json."""
+
+    source: str
+    machine: Machine
+    steps: tuple[StepTime, ...]
+    predicted: Cost
+    actual: Cost
+    verification: tuple[VerificationRow, ...] = ()
+    losses: tuple[LossRow, ...] = ()
+    speeds: tuple[SpeedRow, ...] = ()
+
+
+def this_machine() -> Machine:
+    """Describes the machine that this process runs on."""
+    return Machine(
+        platform=platform.platform(terse=True),
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held so far, file pages included, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Stopwatch:
+    """Collects the times of the steps of one run."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepTime] = []
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the stopwatch was made."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Adds the time of the block as step `name`."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.steps.append(
+            StepTime(
+                step=name,
+                seconds=round(time.perf_counter() - wall, 4),
+                cpu_seconds=round(time.process_time() - cpu, 4),
+                peak_resident_bytes=peak_resident_bytes(),
+            )
+        )
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

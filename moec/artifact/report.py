@@ -1,0 +1,111 @@
+"""`report.json`, the facts about an artifact, and `report.html`, the same facts to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import Field
+
+from moec.artifact.ledger import LedgerEntry
+from moec.artifact.measurements import Cost, LossRow, Machine, SpeedRow, StepTime, VerificationRow
+from moec.artifact.record import Record, read_record, write_record
+
+REPORT_JSON = "report.json"
+REPORT_HTML = "report.html"
+
+
+class ExpertClassFacts(Record):
+    """The experts of one layer that have the same body: their numbers, inner width and bytes of each."""
+
+    experts: tuple[int, ...]
+    width: int = Field(ge=0)
+    body: str
+    bytes_per_expert: int = Field(ge=0)
+
+
+class LayerFacts(Record):
+    """One layer. `classes` is empty for a dense one; `attention_bytes` is the rest that is neither experts nor FFN."""
+
+    name: str
+    kind: str
+    router_outputs: int = Field(ge=0)
+    top_k: int = Field(ge=0)
+    routing: str
+    classes: tuple[ExpertClassFacts, ...]
+    feed_forward_bytes: int = Field(ge=0)
+    other_bytes: int = Field(ge=0)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights of the layer."""
+        experts = sum(len(group.experts) * group.bytes_per_expert for group in self.classes)
+        return experts + self.feed_forward_bytes + self.other_bytes
+
+
+class Report(Record):
+    """The content of report.json."""
+
+    title: str
+    architecture: str
+    model_type: str
+    target: str
+    dtype: str
+    pipeline: str
+    parameters: int
+    active_parameters: int
+    source_bytes: int
+    artifact_bytes: int
+    layers: tuple[LayerFacts, ...]
+    ledger: tuple[LedgerEntry, ...]
+    verification: tuple[VerificationRow, ...]
+    losses: tuple[LossRow, ...]
+    speeds: tuple[SpeedRow, ...]
+    steps: tuple[StepTime, ...]
+    predicted: Cost
+    actual: Cost
+    machine: Machine
+    versions: dict[str, str]
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Writes report.json and report.html into `folder`."""
+    write_record(folder / REPORT_JSON, report)
+    (folder / REPORT_HTML).write_text(render_report(report), encoding="utf-8")
+
+
+def read_report(folder: Path) -> Report:
+    """Reads report.json of an artifact."""
+    return read_record(folder / REPORT_JSON, Report)
+
+
+def render_report(report: Report) -> str:
+    """The report as one HTML page that needs nothing else: style and drawings are inside, scripts there are none."""
+    environment = Environment(
+        loader=PackageLoader("moec.artifact", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["size"] = format_size
+    environment.filters["number"] = format_number
+    return environment.get_template("report.html.j2").render(report=report)
+
+
+def format_size(size: float) -> str:
+    """`size` bytes with a binary unit, such as `11.8 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def format_number(number: float) -> str:
+    """A count with separators, or a measured value with three significant digits."""
+    if isinstance(number, int):
+        return f"{number:,}"
+    if number != 0 and (abs(number) < 1e-3 or abs(number) >= 1e6):
+        return f"{number:.2e}"
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"

@@ -1,0 +1,10 @@
+"""Settings that every test needs, before any of them imports a library."""
+
+from __future__ import annotations
+
+import os
+
+# The suite runs in several processes; more threads than cores make it slower and its timings meaningless.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
