@@ -40,8 +40,10 @@ class ParseError(UsageError):
     """The text is malformed; the message shows the line and a caret."""
 
 
-def parse_module(text: str, file: str = "<text>") -> Operation:
+def parse_module(text: str, file: str = "") -> Operation:
     """Reads one top-level operation, usually a `builtin.module`, without verifying it.
+
+    With a `file`, operations without `loc(...)` get their line in it as their location.
 
     Raises:
         ParseError: malformed text, an undefined value, or types that contradict each other.
@@ -83,6 +85,7 @@ class _Parser:
         self.text, self.file = text, file
         self.tokens: list[str] = []
         self.starts: list[int] = []
+        self.line_starts: list[int] = []
         for match in _TOKENS.finditer(text):
             token = match.group(1)
             if token is not None:
@@ -103,17 +106,17 @@ class _Parser:
 
     def error(self, message: str, at: int | None = None) -> ParseError:
         line, column = self.position(self.at if at is None else at)
-        shown = self.text.splitlines()[line - 1] if self.text else ""
+        shown = self.text[self.line_starts[line - 1] :].partition("\n")[0]
         start = max(0, column - 60)
         piece = shown[start : start + 120]
-        return ParseError(message, where=f"{self.file}:{line}:{column}: {piece.strip()}")
+        return ParseError(message, where=f"{self.file or '<text>'}:{line}:{column}: {piece.strip()}")
 
     def position(self, at: int) -> tuple[int, int]:
-        offset = self.starts[at]
-        if not hasattr(self, "line_starts"):
+        """Line and column, from 1, of a token."""
+        if not self.line_starts:
             self.line_starts = [0, *[match.end() for match in re.finditer(r"\n", self.text)]]
+        offset = self.starts[at]
         line = bisect_right(self.line_starts, offset)
-        line = min(line, max(1, len(self.text.splitlines())))
         return line, offset - self.line_starts[line - 1] + 1
 
     def take(self, token: str) -> bool:
@@ -208,9 +211,9 @@ class _Parser:
         location = UNKNOWN
         if self.tokens[self.at] == "loc":
             location = self.parse_location()
-        if location is UNKNOWN:
+        if location is UNKNOWN and self.file:
             line, column = self.position(start)
-            location = Location(file=self.file, line=line, column=column) if self.file != "<text>" else UNKNOWN
+            location = Location(file=self.file, line=line, column=column)
         op = Operation.create(op_name, operands, result_types, attributes, regions, location)
         if sum(count for _, count, _ in names) != (len(result_types) if names else 0):
             raise self.error(
