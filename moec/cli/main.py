@@ -78,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(line: list[str], debug: bool) -> int:
     try:
         result = app(args=line, prog_name="moec", standalone_mode=False)
+        if result == EXIT_INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            print("moec: interrupted; nothing half-written was left", file=sys.stderr)
         return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        return _report("interrupted; nothing was left behind", EXIT_INTERRUPTED, debug)
     except MoecError as error:
         return _report(f"error: {error}", error.exit_code, debug)
     except MemoryError as error:
@@ -92,7 +92,7 @@ def _run(line: list[str], debug: bool) -> int:
         if cause is None:
             return _report(f"error: {error}.", EXIT_FAILED, debug)
         where = f" Where: {error.filename}." if error.filename else ""
-        return _report(f"error: {cause}.{where} Nothing was left behind.", EXIT_RESOURCES, debug)
+        return _report(f"error: {cause}.{where}", EXIT_RESOURCES, debug)
     except Exception as error:
         # The command-line parser's own errors print themselves; its classes are private to typer.
         show = getattr(error, "show", None)
