@@ -29,20 +29,22 @@ class SymbolicTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, expression: Expression, shape: Sequence[int], dtype: torch.dtype) -> SymbolicTensor:
-        result: SymbolicTensor = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")
+        result: SymbolicTensor = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=torch.device("cpu")
+        )
         result.expression = expression
         return result
 
     def __init__(self, expression: Expression, shape: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch leaves it untyped
         return f"SymbolicTensor({self.expression}, shape={list(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> object:
+    def __torch_dispatch__(  # type: ignore[override]  # torch types this class method as an instance method
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         record = _RECORDERS.get(func)
         if record is None:
             raise UnsupportedModelError(
