@@ -19,6 +19,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from moec.dialects import aten, builtin, moe, nn
 from moec.errors import UnsupportedModelError
+from moec.frontend.assembly import Assembly, materialise, overwrite, uninitialised
+from moec.frontend.constant_folding import ConstantFolder
 from moec.frontend.expert_body import TOKENS, body_of
 from moec.frontend.locations import LocationReader
 from moec.frontend.scalar_overloads import SCALAR_OVERLOADS
@@ -44,8 +46,14 @@ _IDENTITIES = frozenset(
     {"aten.clone.default", "aten.detach.default", "aten.alias.default", "aten.contiguous.default",
      "aten.lift_fresh_copy.default", "aten.lift_fresh.default", "aten.dropout.default"}
 )  # fmt: skip
+_UNINITIALISED = frozenset({"aten.empty.memory_format", "aten.new_empty.default", "aten.empty_like.default"})
+# An end beyond every size: Python's `x[start:]` is traced with the largest int64.
+_END = 1 << 62
 # Arguments that say where and how a result lies in memory, which the IR does not know.
 _LAYOUT_ARGUMENTS = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
+_VIEWS = frozenset(
+    f"aten.{name}" for name in ("slice.Tensor", "view.default", "expand.default", "unsqueeze.default", "_to_copy.default")
+)
 _ALWAYS_KEPT = ("input_ids", "attention_mask")
 
 
@@ -55,6 +63,7 @@ class ImportOptions:
 
     prefix: in front of every parameter name, buffer name and module path of the program, removed in the IR.
     sources: weight expression of each parameter and persistent buffer by name (without prefix).
+    aliases: for a parameter with several names, the one by which it is known here and in `sources`.
     inputs: the sizes of each input by name; symbols of the program are named after them.
     result_names: one for each output.
     required_inputs: kept as arguments even if nothing reads them.
@@ -64,6 +73,7 @@ class ImportOptions:
     sources: Mapping[str, str]
     inputs: Mapping[str, tuple[int | DimExpr, ...]]
     result_names: tuple[str, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
     required_inputs: tuple[str, ...] = _ALWAYS_KEPT
 
 
@@ -103,7 +113,36 @@ def import_program(program: ExportedProgram, options: ImportOptions) -> Imported
     importer.values.update(zip(kept, function.arguments, strict=True))
     importer.run()
     function.finish([importer.value(node) for node in outputs], options.result_names)
+    _sweep(function.body)
+    _refuse_added_booleans(function.body)
     return ImportedGraph(builtin.ModuleOp.build([function]), tuple(importer.used_weights))
+
+
+def _sweep(block: Block) -> None:
+    """Removes operations whose results nothing reads."""
+    for op in reversed(block):
+        if op.pure and not op.has_uses:
+            op.erase()
+
+
+def _refuse_added_booleans(block: Block) -> None:
+    """Eager attention code adds a mask of 0 and -inf to scores; here the mask is boolean, and adding it would be wrong."""
+    for op in block:
+        if op.name in ("aten.add.Tensor", "aten.sub.Tensor", "aten.add.Scalar", "aten.sub.Scalar"):
+            for value in op.operands:
+                if _is_attention_mask(value):
+                    raise UnsupportedModelError(
+                        "the model's own attention code adds a mask that is boolean here",
+                        where=str(op.location),
+                        hint="this model does not use transformers' attention interface",
+                    )
+
+
+def _is_attention_mask(value: Value) -> bool:
+    op = value.defining_op
+    while op is not None and op.name in _VIEWS:
+        op = op.operands[0].defining_op
+    return isinstance(op, nn.AttentionMaskOp)
 
 
 def tensor_type(node: fx.Node, sizes: SizeTranslator) -> TensorType:
@@ -133,7 +172,8 @@ def _reaching(outputs: list[fx.Node]) -> set[fx.Node]:
         node = stack.pop()
         if node not in found and _is_tensor_node(node):
             found.add(node)
-            stack.extend(node.all_input_nodes)
+            # copy(destination, source) takes only shape and dtype from the destination
+            stack.extend([node.args[1]] if str(node.target) == "aten.copy.default" else node.all_input_nodes)  # type: ignore[list-item]
     return found
 
 
@@ -149,18 +189,19 @@ class _Importer:
     sizes: SizeTranslator
     block: Block
     live: set[fx.Node]
-    values: dict[fx.Node, Value | tuple[Value, ...]] = field(default_factory=dict)
+    values: dict[fx.Node, Value | Assembly | tuple[Value, ...]] = field(default_factory=dict)
     used_weights: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
         self._locations = LocationReader(self.options.prefix)
         self._location = Location()
+        self._folder = ConstantFolder(self.program)
 
     def run(self) -> None:
         """Imports every live call, in order."""
         for node in self.program.graph.nodes:
-            if node in self.live and node.op not in ("placeholder", "output"):
+            if node in self.live and node.op not in ("placeholder", "output") and not self._comes_on_demand(node):
                 self._location = self._locations.of(node)
                 try:
                     self._import(node)
@@ -170,13 +211,29 @@ class _Importer:
                     raise UnsupportedModelError(error.message, where=str(self._location), hint=error.hint) from error
 
     def value(self, node: fx.Node) -> Value:
-        """The value of a node; a parameter or buffer is brought in at its first use."""
-        if node not in self.values and node.op == "placeholder":
-            self.values[node] = self._bring_in(node)
+        """The value of a node; parameters, buffers and constants are brought in at their first use."""
+        if node not in self.values:
+            if self._folder.is_factory(node):
+                self._import(node)
+            elif self._folder.is_constant(node):
+                name = self._name_of(node) if node.op == "placeholder" else self._locations.of(node).name
+                held = self._folder.value(node)
+                self.values[node] = self._append(_constant(held, tensor_type(node, self.sizes), Location(name))).result
+            else:
+                self.values[node] = self._bring_in(node)
         found = self.values[node]
+        if isinstance(found, Assembly):
+            found = self.values[node] = materialise(found, self.block, self._location)
         if isinstance(found, tuple):
             raise UnsupportedModelError(f"the list of results of {node.target} is used as one tensor")
         return found
+
+    def _comes_on_demand(self, node: fx.Node) -> bool:
+        return self._folder.is_constant(node) or self._folder.is_factory(node)
+
+    def _name_of(self, node: fx.Node) -> str:
+        name = str(self._specs[node.name].target).removeprefix(self.options.prefix)
+        return self.options.aliases.get(name, name)
 
     def _append(self, op: Operation) -> Operation:
         self.block.append(op)
@@ -184,20 +241,20 @@ class _Importer:
 
     def _bring_in(self, node: fx.Node) -> Value:
         spec = self._specs[node.name]
-        name = str(spec.target).removeprefix(self.options.prefix)
-        kind = tensor_type(node, self.sizes)
+        name = self._name_of(node)
         stored = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent)
-        if stored:
-            if name not in self.options.sources:
-                raise UnsupportedModelError("the checkpoint has no tensor for a parameter that is used", where=name)
-            self.used_weights.append(name)
-            source = self.options.sources[name]
-            location = Location(name=name)
-            weight = builtin.WeightOp(result_types=[kind], weight_name=name, source=source, location=location)
-            return self._append(weight).result
-        constants = self.program.constants
-        held = constants[spec.target] if spec.target in constants else self.program.state_dict[str(spec.target)]
-        return self._append(_constant(held, kind, Location(name=name))).result
+        if not stored:
+            raise UnsupportedModelError("a constant of the trace has no value", where=name)
+        if name not in self.options.sources:
+            raise UnsupportedModelError("the checkpoint has no tensor for a parameter that is used", where=name)
+        self.used_weights.append(name)
+        weight = builtin.WeightOp(
+            result_types=[tensor_type(node, self.sizes)],
+            weight_name=name,
+            source=self.options.sources[name],
+            location=Location(name),
+        )
+        return self._append(weight).result
 
     def _import(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
@@ -213,6 +270,16 @@ class _Importer:
         arguments = _by_name(node)
         if name in _IDENTITIES or self._is_same_copy(node, name):
             self.values[node] = self.value(next(iter(node.all_input_nodes)))
+        elif name in _UNINITIALISED:
+            self.values[node] = uninitialised(tensor_type(node, self.sizes))
+        elif name == "aten.copy.default":
+            self.values[node] = self._import_copy(node, arguments["src"])
+        elif name in ("aten.slice_scatter.default", "aten.select_scatter.default"):
+            self.values[node] = self._import_scatter(node, name, arguments)
+        elif name == "aten.slice.Tensor":
+            self.values[node] = self._import_slice(node, arguments)
+        elif torch.Tag.nondeterministic_seeded in node.target.tags:
+            raise UnsupportedModelError(f"the model draws random numbers ({name})")
         elif node.target.namespace == "moec":
             self.values[node] = self._import_hook(node, name, arguments)
         elif node.target.namespace == "aten":
@@ -289,6 +356,80 @@ class _Importer:
             location=self._location,
         )
         return self._append(experts).result
+
+    # -- writing and reading parts ------------------------------------------------------------------------------------------
+
+    def _import_copy(self, node: fx.Node, source: fx.Node) -> Value:
+        """The source, with the type of the destination."""
+        value, kind = self.value(source), tensor_type(node, self.sizes)
+        given = value.type
+        assert isinstance(given, TensorType)
+        if given.dtype is not kind.dtype:
+            given = given.with_dtype(kind.dtype)
+            value = self._append(
+                aten.build("_to_copy.default", {"self": value}, (given,), self._location, dtype=kind.dtype)
+            ).result
+        if given.shape != kind.shape:
+            value = self._append(
+                aten.build("expand.default", {"self": value}, (kind,), self._location, size=kind.shape)
+            ).result
+        return value
+
+    def _import_scatter(self, node: fx.Node, name: str, arguments: dict[str, Any]) -> Assembly:
+        kind = tensor_type(node, self.sizes)
+        base_node = arguments["self"]
+        if base_node not in self.values:
+            self.value(base_node)
+        base = self.values[base_node]
+        assert not isinstance(base, tuple)
+        dim = int(arguments.get("dim", 0)) % kind.rank
+        value = self.value(arguments["src"])
+        if name == "aten.select_scatter.default":
+            start, stop = self._bounds(kind.shape[dim], arguments["index"], None)
+            stop = start + 1
+            source = value.type
+            assert isinstance(source, TensorType)
+            wide = TensorType((*source.shape[:dim], 1, *source.shape[dim:]), source.dtype)
+            value = self._append(
+                aten.build("unsqueeze.default", {"self": value}, (wide,), self._location, dim=dim)
+            ).result
+        else:
+            start, stop = self._bounds(kind.shape[dim], arguments.get("start"), arguments.get("end"))
+            if arguments.get("step", 1) != 1:
+                raise UnsupportedModelError("the model writes every n-th element of a tensor")
+        return overwrite(base, value, dim, start, stop, self.block, self._location)
+
+    def _import_slice(self, node: fx.Node, arguments: dict[str, Any]) -> Value:
+        """A slice with bounds counted from the start; one that takes everything is the tensor itself."""
+        value, kind = self.value(arguments["self"]), tensor_type(node, self.sizes)
+        source = value.type
+        assert isinstance(source, TensorType)
+        dim = int(arguments.get("dim", 0)) % source.rank
+        start, stop = self._bounds(source.shape[dim], arguments.get("start"), arguments.get("end"))
+        step = int(arguments.get("step", 1))
+        if start == 0 and stop == source.shape[dim] and step == 1:
+            return value
+        cut = aten.build(
+            "slice.Tensor", {"self": value}, (kind,), self._location, dim=dim, start=start, end=stop, step=step
+        )
+        return self._append(cut).result
+
+    def _bounds(self, size: int | DimExpr, start: Any, stop: Any) -> tuple[int | DimExpr, int | DimExpr]:
+        """Python's slice bounds as numbers from the start, within 0 and size where that can be told."""
+
+        def bound(given: Any, default: int | DimExpr) -> int | DimExpr:
+            at = self._attribute(given)
+            if at is None:
+                return default
+            assert isinstance(at, int | DimExpr)
+            if isinstance(at, int) and at < 0:
+                moved = size + at
+                return max(moved, 0) if isinstance(moved, int) else moved
+            if isinstance(at, int) and at >= _END:
+                return size
+            return min(at, size) if isinstance(at, int) and isinstance(size, int) else at
+
+        return bound(start, 0), bound(stop, size)
 
     # -- ATen ---------------------------------------------------------------------------------------------------------------
 
