@@ -1,0 +1,103 @@
+"""Runs an exported ONNX model in ONNX Runtime: decoders through their key/value cache, encoders in one call."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from moec.errors import UsageError
+
+Cache = dict[str, Any]
+"""Past keys and values by the name of the model's input; the values stay inside ONNX Runtime."""
+
+_PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
+_ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class CacheInput:
+    """One input for past keys or values: its element type and shape [batch, heads, past, size]."""
+
+    name: str
+    output: str
+    dtype: type[np.generic]
+    heads: int
+    size: int
+
+
+class OnnxModel:
+    """An exported model. `is_decoder` says whether it gives logits and takes a cache."""
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        """Loads `path` (model.onnx) for the CPU. Raises UsageError if there is no such file."""
+        if not path.is_file():
+            raise UsageError("there is no ONNX model", where=str(path), hint="compile with --emit onnx")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.inter_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        inputs = {item.name: item for item in self.session.get_inputs()}
+        self.outputs = [item.name for item in self.session.get_outputs()]
+        self.inputs = frozenset(inputs)
+        self.is_decoder = "logits" in self.outputs
+        self._caches = tuple(
+            CacheInput(
+                name=name,
+                output=f"present.{found.group(1)}.{found.group(2)}",
+                dtype=_ELEMENT_TYPES[item.type],
+                heads=int(item.shape[1]),
+                size=int(item.shape[3]),
+            )
+            for name, item in inputs.items()
+            if (found := _PAST.match(name))
+        )
+
+    def empty_cache(self, batch: int) -> Cache:
+        """A cache that holds no tokens yet, for `batch` sequences."""
+        return {
+            cache.name: onnxruntime.OrtValue.ortvalue_from_numpy(
+                np.zeros((batch, cache.heads, 0, cache.size), cache.dtype)
+            )
+            for cache in self._caches
+        }
+
+    def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Cache) -> tuple[NDArray[np.float32], Cache]:
+        """Feeds `ids` [batch, seq] behind what `cache` holds; `mask` [batch, past + seq] is 0 on padding.
+
+        Returns logits float32 [batch, seq, vocabulary] and the longer cache.
+        """
+        feed = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in self._tokens(ids, mask).items()
+        }
+        names = ["logits", *(item.output for item in self._caches)]
+        results = self.session.run_with_ort_values(names, {**feed, **cache})
+        logits = np.asarray(results[0].numpy(), np.float32)
+        return logits, {item.name: value for item, value in zip(self._caches, results[1:], strict=True)}
+
+    def encode(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The last hidden state float32 [batch, seq, hidden] of an encoder."""
+        feed = self._tokens(ids, mask)
+        if "token_type_ids" in self.inputs:
+            feed["token_type_ids"] = np.zeros_like(ids)
+        return np.asarray(self.session.run(["last_hidden_state"], feed)[0], np.float32)
+
+    def _tokens(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        feed = {"input_ids": np.ascontiguousarray(ids)}
+        if "attention_mask" in self.inputs:
+            feed["attention_mask"] = np.ascontiguousarray(mask)
+        if "position_ids" in self.inputs:
+            feed["position_ids"] = np.ascontiguousarray(positions(mask)[:, -ids.shape[1] :])
+        return feed
+
+
+def positions(mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Position of each token among the tokens that are not padding, 0 on padding; the shape of `mask` [batch, seq]."""
+    return cast("NDArray[np.int64]", np.maximum(np.cumsum(mask, axis=1) - 1, 0))
