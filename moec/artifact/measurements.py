@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from moec.artifact.memory import MemoryWatch
 from moec.artifact.record import Record
 
 MEASUREMENTS_NAME = "measurements.json"
@@ -27,12 +27,12 @@ class Machine(Record):
 
 
 class StepTime(Record):
-    """Time of one step in seconds, and the highest anonymous memory of the process seen at its end, in bytes."""
+    """Time of one step in seconds, and the most anonymous memory that the run had held when it ended, in bytes."""
 
     step: str
     seconds: float = Field(ge=0)
     cpu_seconds: float = Field(ge=0)
-    peak_resident_bytes: int = Field(ge=0)
+    peak_memory_bytes: int = Field(ge=0)
 
 
 class Cost(Record):
@@ -95,16 +95,12 @@ def this_machine() -> Machine:
     )
 
 
-def peak_resident_bytes() -> int:
-    """The most memory that this process has held so far, file pages included, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 class Stopwatch:
-    """Collects the times of the steps of one run."""
+    """Collects the times of the steps of one run, and the peak memory that `memory` saw by the end of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: MemoryWatch) -> None:
         self.steps: list[StepTime] = []
+        self._memory = memory
         self._start = time.perf_counter()
 
     @property
@@ -122,7 +118,7 @@ class Stopwatch:
                 step=name,
                 seconds=round(time.perf_counter() - wall, 4),
                 cpu_seconds=round(time.process_time() - cpu, 4),
-                peak_resident_bytes=peak_resident_bytes(),
+                peak_memory_bytes=self._memory.look(),
             )
         )
 

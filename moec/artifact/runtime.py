@@ -18,7 +18,7 @@ Cache = dict[str, Any]
 """Past keys and values by the name of the model's input; the values stay inside ONNX Runtime."""
 
 _PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
-_ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_ELEMENT_TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass(frozen=True)

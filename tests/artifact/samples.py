@@ -79,7 +79,7 @@ def sample_report() -> Report:
             ),
             SpeedRow(task="decode, batch 1", subject="transformers, eager", tokens_per_second=130.0),
         ),
-        steps=(StepTime(step="trace", seconds=1.2, cpu_seconds=1.1, peak_resident_bytes=300 * 2**20),),
+        steps=(StepTime(step="trace", seconds=1.2, cpu_seconds=1.1, peak_memory_bytes=300 * 2**20),),
         predicted=Cost(seconds=8.0, memory_bytes=5 * 2**20, disk_bytes=12 * 2**20),
         actual=Cost(seconds=7.1, memory_bytes=6 * 2**20, disk_bytes=12 * 2**20),
         machine=this_machine(),
