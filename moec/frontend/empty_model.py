@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,8 +25,16 @@ from moec.frontend.model_config import ModelSource
 _MAX_PARAMETERS = 1 << 47
 
 
-def build_empty_model(source: ModelSource) -> tuple[PreTrainedModel, FakeTensorMode]:
-    """The float32 model of a source in eval mode, dispatching to the operations of `hooks`, and its fake tensor mode.
+@dataclass(frozen=True)
+class EmptyModel:
+    """A model of fake tensors and the mode that they belong to."""
+
+    model: PreTrainedModel
+    mode: FakeTensorMode
+
+
+def build_empty_model(source: ModelSource) -> EmptyModel:
+    """The float32 model of a source in eval mode, dispatching to the operations of `hooks`.
 
     Raises UnsupportedModelError if transformers cannot build it or if a computed buffer cannot be had.
     """
@@ -46,7 +55,7 @@ def build_empty_model(source: ModelSource) -> tuple[PreTrainedModel, FakeTensorM
         raise UnsupportedModelError(f"the model would have {count} parameters", where=where)
     _trace_experts(model)
     _compute_buffers(model, where)
-    return model, _make_fake(model)
+    return EmptyModel(model, _make_fake(model))
 
 
 def _trace_experts(model: PreTrainedModel) -> None:

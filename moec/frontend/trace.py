@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from moec.errors import MoecError, UnsupportedModelError
 from moec.frontend.decompositions import decompose
-from moec.frontend.empty_model import build_empty_model
+from moec.frontend.empty_model import EmptyModel
 from moec.frontend.model_config import ModelSource
 
 BATCH, SEQUENCE = "batch", "seq"
@@ -71,13 +71,13 @@ class _TokensToOutput(nn.Module):
         return result
 
 
-def trace_model(source: ModelSource) -> TracedModel:
-    """Builds and exports the model of a source.
+def trace_model(source: ModelSource, empty: EmptyModel) -> TracedModel:
+    """Exports the model that `build_empty_model` made of a source.
 
     Raises UnsupportedModelError, with the reason and the line of the model's code, if it does not export for every batch
     size and length.
     """
-    model, mode = build_empty_model(source)
+    model, mode = empty.model, empty.mode
     wrapper = _TokensToOutput(model, source.is_decoder)
     names = _accepted_inputs(model if source.is_decoder else model.base_model, source)
     with mode:

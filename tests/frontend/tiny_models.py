@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
 
 VOCABULARY_SIZE = 96
 HIDDEN_SIZE = 64
