@@ -1,0 +1,1 @@
+"""The built-in passes, one file each. The pipeline registry finds them by their decorator; nothing is listed here."""
