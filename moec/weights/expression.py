@@ -2,7 +2,7 @@
 
 The text is what the IR stores, for example
 `concat(1, stack(0, experts.{0:8}.w1.weight), stack(0, experts.{0:8}.w3.weight))`.
-Braces stand for a list of numbers: an argument of `stack` or `concat` that contains braces stands for one argument
+Braces stand for a list of three or more numbers: an argument of `stack` or `concat` that contains braces stands for one argument
 per number, the same number in all its braces. Equal expressions have equal text.
 """
 
@@ -162,6 +162,8 @@ class Mxfp4(Expression):
 # NUL cannot be in a tensor name; it marks the numbers in names, where lists of names may differ.
 _MARK = "\0"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_./-]+")
+# Two names are as easy to read as one with braces.
+_SHORTEST_RUN = 3
 _NUMBER_IN_NAME = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
 
 
@@ -225,13 +227,14 @@ def _format_list(parts: tuple[Expression, ...]) -> str:
                 break
             varying = now
             stop += 1
-        if varying:
+        if stop - start >= _SHORTEST_RUN:
             braces = "{" + format_numbers([int(texts[k][varying[0]]) for k in range(start, stop)]) + "}"
             fields = [braces if field in varying else text for field, text in enumerate(texts[start])]
             result.append("".join(fields))
+            start = stop
         else:
             result.append("".join(texts[start]))
-        start = stop
+            start += 1
     return ", ".join(result)
 
 

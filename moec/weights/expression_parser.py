@@ -27,10 +27,10 @@ from moec.weights.tensor_spec import TEXT_TO_DTYPE
 
 _TOKEN = re.compile(
     r"""\s*(?:
-      (?P<word>(?:[A-Za-z0-9_./-]|\{[0-9:,]+\})+)
+      (?P<type>complex<f32>)
+    | (?P<word>(?:[A-Za-z0-9_./-]|\{[0-9:,]+\})+)
     | (?P<quoted>"(?:[^"\\]|\\.)*")
     | (?P<mark>[(),])
-    | (?P<type>complex<f32>)
     )""",
     re.VERBOSE,
 )
