@@ -1,0 +1,162 @@
+"""From a module to the files of an ONNX model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+import moec
+from moec.codegen.onnx import aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn
+from moec.codegen.onnx.context import Context, EmitOptions, tensor_of
+from moec.codegen.onnx.external_data import Placement, StoredTensor, hard_link, lay_out, write_tensors
+from moec.codegen.onnx.graph import ONNX_DTYPES, GraphBuilder
+from moec.codegen.onnx.registry import emit_block
+from moec.codegen.onnx.targets import Target
+from moec.dialects.aten import AtenOp
+from moec.dialects.builtin import FuncOp, WeightOp
+from moec.ir.dimensions import DimExpr, symbol
+from moec.ir.types import DType
+from moec.module import Module
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+# imported for the emissions that they register
+_EMISSION_MODULES = (aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn)
+
+_SIZE_NAMES: dict[DimExpr | int, str] = {
+    symbol("batch"): "batch_size",
+    symbol("seq"): "sequence_length",
+    symbol("past"): "past_sequence_length",
+    symbol("past") + symbol("seq"): "total_sequence_length",
+}
+
+
+@dataclass(frozen=True)
+class EmittedFile:
+    """A written file: its name in the folder, size in bytes, and SHA-256 where it was computed on the way."""
+
+    name: str
+    nbytes: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was emitted: node counts are those of the main graph."""
+
+    target: Target
+    opset: int
+    ir_version: int
+    node_count: int
+    files: tuple[EmittedFile, ...]
+
+
+def emit_onnx(
+    module: Module,
+    folder: Path,
+    *,
+    target: Target = Target.PORTABLE,
+    dtype: DType = DType.F32,
+    weights_in_place: bool = False,
+) -> OnnxReport:
+    """Writes `model.onnx` and `model.onnx.data` into `folder`.
+
+    `dtype` is how matrices are stored, float32 or float16; arithmetic is float32. Raises UnsupportedModelError for an
+    operation without ONNX form or a weight that float16 cannot hold, ResourceError where the files cannot be written.
+    """
+    profile = target.profile
+    builder = GraphBuilder(profile.opset)
+    context = Context(builder, module.weights, EmitOptions(target, dtype, weights_in_place))
+    emit_function(context, module.main)
+    folder.mkdir(parents=True, exist_ok=True)
+    placements, data = _store(builder.stored, folder)
+    model = _model(context, placements, folder)
+    proto = ir.to_proto(model)
+    payload = proto.SerializeToString(deterministic=True)
+    (folder / MODEL_FILE).write_bytes(payload)
+    if not profile.contrib:
+        onnx.checker.check_model(str(folder / MODEL_FILE))
+    files = (EmittedFile(MODEL_FILE, len(payload)), *data)
+    return OnnxReport(target, profile.opset, profile.ir_version, len(builder.nodes), files)
+
+
+def emit_function(context: Context, function: FuncOp) -> None:
+    """Emits a function as the main graph, with its argument and result names."""
+    builder = context.builder
+    context.gathered = _gathered(function)
+    for argument, name in zip(function.arguments, function.arg_names, strict=True):
+        kind = tensor_of(argument)
+        context.values[argument] = builder.input(name, kind.dtype, [_size_name(size) for size in kind.shape])
+    for argument in function.arguments:
+        for axis, size in enumerate(tensor_of(argument).shape):
+            if isinstance(size, DimExpr) and str(size) in size.symbols() and str(size) not in context.sizes:
+                context.sizes[str(size)] = builder.size(context.values[argument], axis)
+    results = emit_block(context, function.body)
+    for value, result, name in zip(function.return_op.operands, results, function.result_names, strict=True):
+        kind = tensor_of(value)
+        builder.output(result, name, kind.dtype, [_size_name(size) for size in kind.shape])
+
+
+def _gathered(function: FuncOp) -> frozenset[str]:
+    """Expressions of the weights that an embedding reads."""
+    found = set()
+    for op in function.body:
+        if isinstance(op, AtenOp) and op.name == "aten.embedding.default":
+            weight = op.tensor("weight").defining_op
+            if isinstance(weight, WeightOp):
+                found.add(weight.source)
+    return frozenset(found)
+
+
+def _size_name(size: int | DimExpr) -> int | str:
+    return size if isinstance(size, int) else _SIZE_NAMES.get(size, str(size))
+
+
+def _store(tensors: tuple[StoredTensor, ...], folder: Path) -> tuple[dict[str, Placement], tuple[EmittedFile, ...]]:
+    """Writes the weights, or links the files that hold them already; returns where each lies."""
+    placed: dict[str, Placement] = {}
+    links: dict[Path, str] = {}
+    for tensor in tensors:
+        if tensor.origin is not None:
+            name = links.setdefault(tensor.origin.path, f"weights-{len(links):05d}.safetensors")
+            placed[tensor.name] = Placement(name, tensor.origin.offset, tensor.origin.length)
+    for source, name in links.items():
+        hard_link(source, folder, name)
+    rest = [tensor for tensor in tensors if tensor.name not in placed]
+    files = [EmittedFile(name, (folder / name).stat().st_size) for name in links.values()]
+    if rest:
+        places = lay_out(rest, DATA_FILE)
+        digest = write_tensors(folder / DATA_FILE, rest, places)
+        placed.update(zip([tensor.name for tensor in rest], places, strict=True))
+        files.append(EmittedFile(DATA_FILE, (folder / DATA_FILE).stat().st_size, digest))
+    return placed, tuple(files)
+
+
+def _model(context: Context, placements: dict[str, Placement], folder: Path) -> ir.Model:
+    builder = context.builder
+    profile = context.options.target.profile
+    for tensor, value in zip(builder.stored, builder.weight_values, strict=True):
+        place = placements[tensor.name]
+        value.const_value = ir.ExternalTensor(
+            place.location,
+            place.offset,
+            place.length,
+            ONNX_DTYPES[tensor.dtype],
+            shape=ir.Shape(tensor.shape),
+            name=tensor.name,
+            base_dir=folder,
+        )
+    opsets = {domain: profile.opset if domain == "" else 1 for domain in sorted({"", *builder.domains})}
+    graph = ir.Graph(
+        builder.inputs,
+        builder.outputs,
+        nodes=builder.nodes,
+        initializers=builder.initializers,
+        opset_imports=opsets,
+        name="main",
+    )
+    return ir.Model(graph, ir_version=profile.ir_version, producer_name="moec", producer_version=moec.__version__)
