@@ -1,0 +1,5 @@
+"""The numerics oracle: interprets IR on torch, one layer's weights at a time, differentiable, in float32 or float64.
+
+Reading order: `symbols`, `element_types`, `weight_loader`, `frame`, `kernels` with `aten_kernel`, `nn_kernels`,
+`route`, `experts`, then `plan` and `executor`.
+"""
