@@ -29,6 +29,19 @@ def _compare(left: Operation, right: Operation, same: dict[Value, Value]) -> str
         return f"result types differ: {left!r} against {right!r}"
     if len(left.regions) != len(right.regions):
         return f"numbers of regions differ: {left!r} against {right!r}"
+    difference = _compare_regions(left, right, same)
+    if difference is not None:
+        return difference
+    same.update(zip(left.results, right.results, strict=True))
+    return None
+
+
+def regions_equal(left: Operation, right: Operation) -> bool:
+    """Whether the regions of two operations are equal; values from outside must be identical."""
+    return len(left.regions) == len(right.regions) and _compare_regions(left, right, {}) is None
+
+
+def _compare_regions(left: Operation, right: Operation, same: dict[Value, Value]) -> str | None:
     for a_region, b_region in zip(left.regions, right.regions, strict=True):
         a_types = [argument.type for argument in a_region.block.arguments]
         b_types = [argument.type for argument in b_region.block.arguments]
@@ -43,7 +56,6 @@ def _compare(left: Operation, right: Operation, same: dict[Value, Value]) -> str
         if len(a_ops) != len(b_ops):
             extra = (a_ops if len(a_ops) > len(b_ops) else b_ops)[min(len(a_ops), len(b_ops))]
             return f"only one side has {extra!r}"
-    same.update(zip(left.results, right.results, strict=True))
     return None
 
 
