@@ -2,8 +2,8 @@
 
 The text is what the IR stores, for example
 `concat(1, stack(0, experts.{0:8}.w1.weight), stack(0, experts.{0:8}.w3.weight))`.
-Braces stand for a list of three or more numbers: an argument of `stack` or `concat` that contains braces stands for one argument
-per number, the same number in all its braces. Equal expressions have equal text.
+Braces stand for a list of numbers: an argument of `stack` or `concat` that contains braces stands for one argument per
+number, the same number in all its braces. Equal expressions have equal text.
 """
 
 from __future__ import annotations
