@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from moec.frontend.checkpoint_mapping import CheckpointMapping, map_checkpoint
 from moec.frontend.empty_model import build_empty_model
-from moec.frontend.import_graph import ImportOptions, import_program
+from moec.frontend.import_graph import ImportOptions, first_names, import_program
 from moec.frontend.model_config import CONFIG_FILE, read_config, resolve_model
 from moec.frontend.trace import BATCH, MODEL_PREFIX, SEQUENCE, TracedModel, trace_model
 from moec.ir import symbol
@@ -68,17 +66,6 @@ def import_options(traced: TracedModel, sources: dict[str, str]) -> ImportOption
         inputs={name: sizes for name in traced.input_names},
         result_names=(traced.output_name,),
     )
-
-
-def first_names(model: PreTrainedModel) -> dict[str, str]:
-    """For every further name of a tied parameter, the first one."""
-    first: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        known = first.setdefault(id(parameter), name)
-        if known != name:
-            aliases[name] = known
-    return aliases
 
 
 def _without_quantization(values: dict[str, Any]) -> dict[str, Any]:

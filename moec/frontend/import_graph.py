@@ -77,6 +77,17 @@ class ImportOptions:
     required_inputs: tuple[str, ...] = _ALWAYS_KEPT
 
 
+def first_names(model: torch.nn.Module) -> dict[str, str]:
+    """For every further name of a tied parameter, the first one."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name:
+            aliases[name] = known
+    return aliases
+
+
 @dataclass(frozen=True)
 class ImportedGraph:
     """The module operation, and which parameters and persistent buffers it uses, by name without prefix."""

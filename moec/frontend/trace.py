@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -85,18 +85,10 @@ def trace_model(source: ModelSource, empty: EmptyModel) -> TracedModel:
         example = {name: torch.zeros(shape, dtype=torch.int64, device="cpu") for name in names}
     dynamic = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in names}
     where = f"{source.model_class.__name__} ({source.model_type})"
-    try:
-        with torch.no_grad(), _without_warnings():
-            program = export(wrapper.eval(), (), example, dynamic_shapes=dynamic, strict=False)
-            _refuse_fixed_sizes(program, names, where)
-            program = decompose(program)
-    except MoecError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"the model cannot be exported: {type(error).__name__}: {_summary(error)}",
-            where=f"{where} {_model_line(error)}".strip(),
-        ) from error
+    with torch.no_grad(), exporting(where):
+        program = export(wrapper.eval(), (), example, dynamic_shapes=dynamic, strict=False)
+        program = decompose(program)
+        refuse_fixed_sizes(program, {name: {0: BATCH, 1: SEQUENCE} for name in names}, where)
     output = "logits" if source.is_decoder else "last_hidden_state"
     return TracedModel(source, model, program, tuple(names), output)
 
@@ -112,15 +104,34 @@ def _accepted_inputs(model: nn.Module, source: ModelSource) -> list[str]:
     return names
 
 
-def _refuse_fixed_sizes(program: ExportedProgram, names: list[str], where: str) -> None:
+def refuse_fixed_sizes(program: ExportedProgram, dynamic: Mapping[str, Mapping[int, str]], where: str) -> None:
+    """Raises UnsupportedModelError if an axis of an input that must be of any size is not, in the traced program.
+
+    `dynamic` gives the meaning of each such axis by input name.
+    """
     for node in program.graph.find_nodes(op="placeholder"):
-        if node.name in names:
-            for size, axis in zip(node.meta["val"].shape, (BATCH, SEQUENCE), strict=True):
-                if isinstance(size, int):
-                    raise UnsupportedModelError(
-                        f"the model's code fixes {axis} to the example's {size} when it is traced",
-                        where=f"{where}, input {node.name}",
-                    )
+        for axis, meaning in dynamic.get(node.name, {}).items():
+            size = node.meta["val"].shape[axis]
+            if isinstance(size, int):
+                raise UnsupportedModelError(
+                    f"the model's code fixes {meaning} to the example's {size} when it is traced",
+                    where=f"{where}, input {node.name}",
+                )
+
+
+@contextmanager
+def exporting(where: str) -> Iterator[None]:
+    """Around torch.export: no warnings, and errors as UnsupportedModelError with the line of the model's code."""
+    try:
+        with _without_warnings():
+            yield
+    except MoecError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"the model cannot be exported: {type(error).__name__}: {_summary(error)}",
+            where=f"{where} {_model_line(error)}".strip(),
+        ) from error
 
 
 def _summary(error: BaseException) -> str:

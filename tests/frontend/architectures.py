@@ -1,0 +1,132 @@
+"""Tiny configs of the decoders with experts that transformers has, made by shrinking its default configs.
+
+The common field names below cover almost all of them; `SPECIAL` holds what a model needs on top. Run as a script
+(`python -m tests.frontend.architectures [model_type ...]`), it loads each as moec does and prints what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from tests.frontend.tiny_models import randomise
+
+MODEL_TYPES = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3",
+    "deepseek_v32", "deepseek_v4", "jamba", "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa",
+    "llama4_text", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "hy_v3", "hy_v4",
+    "minimax", "minimax_m2", "minimax_m3_vl_text", "dbrx", "jetmoe", "afmoe", "aria_text", "axk1", "bailing_hybrid",
+    "cohere2_moe", "dots1", "dots3_note_text", "exaone_moe", "flint", "gemma4_text", "inkling_text", "kimi_linear",
+    "kolibri1", "laguna", "lfm2_moe", "longcat_flash", "mellum", "mimo_v2_flash", "nemotron_h", "qwen3_5_moe_text",
+    "qwen3_next", "solar_open", "zaya",
+)  # fmt: skip
+
+_NUMBERS: dict[tuple[str, ...], int] = {
+    ("num_hidden_layers", "n_layers", "num_layers"): 3,
+    ("vocab_size",): 96,
+    ("hidden_size", "d_model", "hidden_dim"): 64,
+    ("intermediate_size", "ffn_hidden_size", "intermediate_size_mlp"): 96,
+    ("num_attention_heads", "n_heads"): 4,
+    ("num_key_value_heads",): 2,
+    ("head_dim", "kv_channels", "qk_nope_head_dim", "v_head_dim"): 16,
+    ("qk_rope_head_dim",): 8,
+    ("q_lora_rank", "kv_lora_rank"): 32,
+    ("max_position_embeddings", "max_seq_len"): 256,
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"): 8,
+    (
+        "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts",
+    ): 2,
+    (
+        "moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size",
+        "moe_shared_expert_intermediate_size", "shared_intermediate_size",
+    ): 48,
+    ("n_shared_experts", "num_shared_experts", "first_k_dense_replace", "num_dense_layers", "topk_group"): 1,
+    ("n_group", "num_expert_group"): 2,
+    ("sliding_window",): 8,
+    ("mamba_d_state", "mamba_d_head", "mamba_head_dim", "ssm_state_size"): 16,
+    ("mamba_d_conv",): 4,
+    ("mamba_expand",): 2,
+    ("mamba_n_heads", "mamba_dt_rank", "mamba_num_heads"): 8,
+    ("n_groups", "mamba_n_groups"): 1,
+    ("linear_num_value_heads",): 4,
+    ("linear_num_key_heads",): 2,
+    ("linear_key_head_dim", "linear_value_head_dim"): 16,
+    ("index_n_heads",): 2,
+    ("index_head_dim",): 16,
+    ("index_topk",): 16,
+    ("router_hidden_size",): 16,
+    ("moe_layer_start_index",): 0,
+    ("moe_layer_end_index",): 2,
+    ("moe_layer_interval",): 1,
+    ("zero_expert_num",): 2,
+    ("hidden_size_per_layer_input",): 0,
+    ("pad_token_id",): 0,
+    ("bos_token_id",): 1,
+    ("eos_token_id",): 2,
+}  # fmt: skip
+_LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_type_list", "mlp_layer_type", "moe_layers")
+
+_LATENT_ATTENTION = {"num_key_value_heads": 4, "head_dim": 8}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_LATENT_ATTENTION, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": _LATENT_ATTENTION,
+}
+
+
+def small_config(model_type: str) -> PretrainedConfig:
+    """The default config of `model_type` with every size made small. Raises what transformers raises for a bad one."""
+    defaults = AutoConfig.for_model(model_type).to_dict()
+    settings: dict[str, Any] = {}
+    for names, number in _NUMBERS.items():
+        for name in names:
+            if name in defaults and not isinstance(defaults[name], dict | list):
+                settings[name] = number
+    layers = next(settings[name] for name in ("num_hidden_layers", "n_layers", "num_layers") if name in settings)
+    for name in _LAYER_LISTS:
+        kinds = defaults.get(name)
+        if isinstance(kinds, list) and kinds and isinstance(kinds[0], str):
+            different = list(dict.fromkeys(kinds))
+            settings[name] = (different * layers)[:layers]
+    settings.update(SPECIAL.get(model_type, {}))
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def small_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """The float32 model of `small_config`, every parameter and persistent buffer random."""
+    config = small_config(model_type)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model, seed)
+    return model.eval()
+
+
+def main(model_types: list[str]) -> None:
+    """Prints one JSON line for each architecture."""
+    from moec.errors import MoecError
+    from moec.frontend.huggingface import load_huggingface
+    from moec.ir import verify
+
+    for model_type in model_types or MODEL_TYPES:
+        result: dict[str, Any] = {"model_type": model_type}
+        try:
+            model = small_model(model_type)
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                module = load_huggingface(Path(folder))
+            verify(module.op)
+            result["operations"] = sum(module.operation_counts().values())
+            result["experts"] = module.operation_counts().get("moe.experts", 0)
+        except MoecError as error:
+            result["refused"] = str(error)
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1:])
