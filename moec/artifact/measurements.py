@@ -35,6 +35,14 @@ class StepTime(Record):
     peak_memory_bytes: int = Field(ge=0)
 
 
+class PassTime(Record):
+    """Seconds that a pass took, and seconds that the ledger took to measure what it did."""
+
+    pass_text: str
+    seconds: float = Field(ge=0)
+    ledger_seconds: float = Field(ge=0)
+
+
 class Cost(Record):
     """What a compilation costs; memory is the peak of anonymous resident memory."""
 
@@ -78,6 +86,7 @@ class Measurements(Record):
     source: str
     machine: Machine
     steps: tuple[StepTime, ...]
+    passes: tuple[PassTime, ...] = ()
     predicted: Cost
     actual: Cost
     verification: tuple[VerificationRow, ...] = ()

@@ -1,0 +1,52 @@
+"""The options of a compilation, as the command line and `moec.compile` share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+DEFAULT_PIPELINE = "canonicalize,cse,dce,raise-nn,raise-moe,canonicalize,cse,dce"
+
+
+class Check(Enum):
+    """How much of the model the ledger compares before and after each pass."""
+
+    NONE = "none"  # nothing
+    CHANGED = "changed"  # what a pass changed: the function on real tokens, and each expert that it touched
+    FULL = "full"  # the same after every pass, and on more tokens
+
+
+class OutputDType(Enum):
+    """The element type of the weights and of the arithmetic in the artifact."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return 4 if self is OutputDType.FLOAT32 else 2
+
+
+class OptimizeFor(Enum):
+    """What the cost model of the backend weighs when it chooses between lowerings."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Everything that decides the bytes of an artifact besides its source. `pipeline` is pipeline text."""
+
+    pipeline: str = DEFAULT_PIPELINE
+    target: str = "portable"
+    dtype: OutputDType = OutputDType.FLOAT32
+    optimize_for: OptimizeFor = OptimizeFor.DECODE
+    check: Check = Check.CHANGED
+    seed: int = 0
+    weights_in_place: bool = False
+    verify: bool = True
+    text: Path | None = None
+    """Text for the checks and for the verification; None takes a passage that moec brings along."""

@@ -1,0 +1,193 @@
+"""Compares an artifact with its IR and the IR with its source, on tokens: router choices first, then the outputs.
+
+Two experts can be so close that rounding decides between them. Such a tie is not an error: a token whose router had one
+and whose result then differs is counted, and left out of the comparison with what follows it in its sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moec.artifact.measurements import VerificationRow
+from moec.artifact.options import OutputDType
+from moec.artifact.probe import layer_of_experts
+from moec.artifact.runtime import OnnxModel
+from moec.artifact.tokens import TokenBatch, function_inputs
+from moec.dialects.builtin import ModuleOp
+from moec.dialects.moe import ExpertsOp, RouteOp
+from moec.errors import VerificationError
+from moec.reference.executor import Executor
+from moec.reference.frame import Observation
+
+if TYPE_CHECKING:
+    from moec.weights.context import WeightContext
+
+FLOAT32_BOUND = 1e-4
+FLOAT16_BOUND = 2e-2
+TIE_GAP = 1e-4
+"""Two choice values that differ by less than this share of the largest one are a tie."""
+
+
+@dataclass(frozen=True)
+class LayerChoices:
+    """What the router of one layer chose for each token, in the order of the batch with padding.
+
+    `experts` [tokens, K]: stored experts in ascending order, -1 for an empty slot. `tied` [tokens]: whether the last
+    chosen expert and the first one left out are a tie; all false where the module has no `moe.route` to tell.
+    """
+
+    layer: str
+    experts: NDArray[np.int64]
+    tied: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """Output float32 [rows, length, ...] of one run of the reference executor, and its router choices by layer."""
+
+    output: NDArray[np.float32]
+    choices: tuple[LayerChoices, ...]
+
+    def tied_from(self, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Which tokens [rows, length] come at or behind a tie of any layer in their sequence."""
+        tied = np.zeros(shape, bool)
+        for layer in self.choices:
+            tied |= layer.tied.reshape(shape)
+        return np.logical_or.accumulate(tied, axis=1)
+
+
+def bound_for(dtype: OutputDType) -> float:
+    """The largest difference, relative to the largest output, that an artifact of this type may show."""
+    return FLOAT32_BOUND if dtype is OutputDType.FLOAT32 else FLOAT16_BOUND
+
+
+def run_reference(module: ModuleOp, weights: WeightContext, batch: TokenBatch) -> ReferenceRun:
+    """Runs `main` in float32 and notes what every router chose, and between which experts it was a tie."""
+    choices: list[LayerChoices] = []
+    ties: dict[RouteOp, NDArray[np.bool_]] = {}
+
+    def note_ties(op: RouteOp, choice: torch.Tensor) -> None:
+        ties[op] = _ties(choice, op.routing.slots(op.experts))
+
+    def tap(seen: Observation) -> None:
+        if not isinstance(seen.op, ExpertsOp) or seen.expert is not None:
+            return
+        ids, gates = seen.operand(seen.op.ids).numpy(), seen.operand(seen.op.gates).numpy()
+        chosen = np.where(gates != 0, np.asarray(seen.op.stored, np.int64)[ids], -1)
+        route = seen.op.ids.defining_op
+        tied = ties.get(route) if isinstance(route, RouteOp) else None
+        choices.append(
+            LayerChoices(
+                layer_of_experts(seen.op),
+                np.sort(chosen, axis=1),
+                np.zeros(len(chosen), bool) if tied is None else tied,
+            )
+        )
+
+    with torch.no_grad():
+        executor = Executor(module, weights)
+        results = executor.run(function_inputs(module.main, batch), observers=[tap], steering=note_ties)
+    output = next(iter(results.values())).numpy().astype(np.float32)
+    return ReferenceRun(output, tuple(choices))
+
+
+def compare_with_source(ir: ReferenceRun, source: ReferenceRun, batch: TokenBatch) -> list[VerificationRow]:
+    """The IR against the source model: router choices layer by layer, then outputs.
+
+    Raises VerificationError that names the first layer whose router chooses other experts without a tie.
+    """
+    kept = batch.mask.astype(bool)
+    clean, ties = kept.copy(), 0
+    expected = {layer.layer: layer for layer in source.choices}
+    rows = []
+    for layer in ir.choices:
+        other = expected.get(layer.layer)
+        if other is None or other.experts.shape != layer.experts.shape:
+            continue
+        differs = (layer.experts != other.experts).any(axis=1).reshape(kept.shape) & clean
+        wrong = differs & ~layer.tied.reshape(kept.shape)
+        if wrong.any():
+            raise VerificationError(
+                f"IR against source: the router of {layer.layer} chooses other experts for {int(wrong.sum())} of "
+                f"{int(clean.sum())} tokens, and none of them is a tie",
+                where=f"{layer.layer}, router",
+            )
+        ties += int(differs.sum())
+        clean &= ~np.logical_or.accumulate(differs, axis=1)
+    if ir.choices:
+        rows.append(_row("router choices, IR against source", 0.0, 0.0, ties, kept))
+    difference = relative_difference(ir.output, source.output, clean)
+    rows.append(_row("outputs, IR against source", difference, FLOAT32_BOUND, ties, clean))
+    return rows
+
+
+def compare_artifact(
+    path: Path, ir: ReferenceRun, batch: TokenBatch, bound: float, *, threads: int | None = None
+) -> list[VerificationRow]:
+    """The exported model against the IR: in one pass, and for a decoder token by token through its cache."""
+    model = OnnxModel(path, threads=threads)
+    if not model.is_decoder:
+        return [_artifact_row("artifact against IR", model.encode(batch.ids, batch.mask), ir, batch, bound)]
+    whole, _ = model.step(batch.ids, batch.mask, model.empty_cache(len(batch.ids)))
+    half = batch.ids.shape[1] // 2
+    logits, cache = model.step(batch.ids[:, :half], batch.mask[:, :half], model.empty_cache(len(batch.ids)))
+    parts = [logits]
+    for position in range(half, batch.ids.shape[1]):
+        logits, cache = model.step(batch.ids[:, position : position + 1], batch.mask[:, : position + 1], cache)
+        parts.append(logits)
+    return [
+        _artifact_row("artifact against IR", whole, ir, batch, bound),
+        _artifact_row("artifact through its cache against IR", np.concatenate(parts, axis=1), ir, batch, bound),
+    ]
+
+
+def require_rows(rows: list[VerificationRow]) -> None:
+    """Raises VerificationError for the first row whose difference is above its bound."""
+    for row in rows:
+        if not row.relative_difference <= row.bound:
+            raise VerificationError(
+                f"{row.comparison}: the largest difference is {row.relative_difference:.3g} of the largest value, "
+                f"allowed is {row.bound:g}"
+            )
+
+
+def relative_difference(actual: NDArray[np.float32], expected: NDArray[np.float32], kept: NDArray[np.bool_]) -> float:
+    """Largest |actual - expected| over the largest |expected|, at the tokens that are kept; infinite for NaN."""
+    if not kept.any():
+        return 0.0
+    scale = float(np.abs(expected[kept]).max())
+    difference = float(np.abs(actual[kept] - expected[kept]).max())
+    if np.isnan(difference):
+        return float("inf")
+    return difference / scale if scale else difference
+
+
+def _artifact_row(
+    name: str, output: NDArray[np.float32], ir: ReferenceRun, batch: TokenBatch, bound: float
+) -> VerificationRow:
+    kept = batch.mask.astype(bool)
+    scale = float(np.abs(ir.output[kept]).max()) or 1.0
+    distance = np.abs(output - ir.output).reshape(*kept.shape, -1).max(axis=2)
+    excused = kept & ir.tied_from(kept.shape) & ~(distance <= bound * scale)
+    return _row(name, relative_difference(output, ir.output, kept & ~excused), bound, int(excused.sum()), kept)
+
+
+def _row(name: str, difference: float, bound: float, ties: int, kept: NDArray[np.bool_]) -> VerificationRow:
+    return VerificationRow(
+        comparison=name, relative_difference=difference, bound=bound, ties=ties, tokens=int(kept.sum())
+    )
+
+
+def _ties(choice: torch.Tensor, slots: int) -> NDArray[np.bool_]:
+    """[tokens]: whether the value of the last chosen expert and the next one are within TIE_GAP."""
+    if slots >= choice.shape[1]:
+        return np.zeros(len(choice), bool)
+    best = choice.topk(slots + 1, dim=1).values
+    finite = torch.where(choice.isfinite(), choice.abs(), 0.0).amax(dim=1)
+    return ((best[:, -2] - best[:, -1]) <= TIE_GAP * finite).numpy()

@@ -1,0 +1,38 @@
+"""Options that several subcommands share, and how they print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moec.artifact.options import Check, OptimizeFor, OutputDType
+
+SourceArgument = Annotated[Path, typer.Argument(metavar="SOURCE", help="Hugging Face model folder.")]
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `moec compile -o` wrote.")]
+PipelineOption = Annotated[str, typer.Option("--pipeline", help="Passes to run, as `a,b{option=value}`.")]
+TargetOption = Annotated[str, typer.Option("--target", help="Runtime to emit ONNX for: portable or ort-cpu.")]
+DTypeOption = Annotated[OutputDType, typer.Option("--dtype", help="Element type of the artifact.")]
+OptimizeForOption = Annotated[OptimizeFor, typer.Option("--optimize-for", help="What lowerings are chosen for.")]
+CheckOption = Annotated[Check, typer.Option("--check", help="How much the ledger measures after each pass.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Makes random choices of passes repeatable.")]
+WeightsInPlaceOption = Annotated[
+    bool, typer.Option("--weights-in-place", help="Refer to the source's weights instead of writing them again.")
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all cores by default.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def table(rows: Sequence[tuple[str, ...]], numbers: frozenset[int] = frozenset()) -> str:
+    """Rows as columns of equal width; the columns in `numbers` are aligned to the right. The first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
