@@ -17,6 +17,11 @@ from moec.reference.kernels import Kernel, prepares
 
 # Where and how a tensor lies in memory is not part of the IR.
 _LAYOUT_ARGUMENTS = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
+# These refuse or misread a tensor that does not lie densely in row-major order, as every tensor of the IR does.
+_NEED_DENSE_INPUT = frozenset(
+    {"aten.view.default", "aten.view.dtype", "aten._unsafe_view.default", "aten.view_as_complex.default",
+     "aten.as_strided.default"}
+)  # fmt: skip
 
 _Argument = Callable[[Frame], Any]
 
@@ -67,7 +72,7 @@ def _argument(op: AtenOp, argument: torch._C.Argument) -> _Argument | None:
     if kind.startswith(("List[Tensor", "List[Optional[Tensor")):
         return lambda frame: [frame.tensor(value) for value in tensors]
     if tensors:
-        return _one_tensor(tensors[0])
+        return _dense_tensor(tensors[0]) if op.name in _NEED_DENSE_INPUT else _one_tensor(tensors[0])
     if name in op.attributes:
         return _attribute(op.attributes[name])
     if name == "dtype" and not op.operand_count:
@@ -80,6 +85,10 @@ def _argument(op: AtenOp, argument: torch._C.Argument) -> _Argument | None:
 
 def _one_tensor(value: Value) -> _Argument:
     return lambda frame: frame.tensor(value)
+
+
+def _dense_tensor(value: Value) -> _Argument:
+    return lambda frame: frame.tensor(value).contiguous()
 
 
 def _attribute(value: Any) -> _Argument:

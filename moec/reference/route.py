@@ -217,9 +217,10 @@ def _forced(inputs: RouteInputs) -> tuple[torch.Tensor, torch.Tensor]:
 def _entropy(scores: torch.Tensor, q: float) -> torch.Tensor:
     """Tsallis entropy of order q of each row (Shannon for q = 1), in nats."""
     if abs(q - 1.0) < 1e-6:
-        return -torch.special.xlogy(scores, scores).sum(-1)
-    entropy: torch.Tensor = (1.0 - scores.pow(q).sum(-1)) / (q - 1.0)
-    return entropy
+        shannon: torch.Tensor = -torch.special.xlogy(scores, scores).sum(-1)
+        return shannon
+    tsallis: torch.Tensor = (1.0 - scores.pow(q).sum(-1)) / (q - 1.0)
+    return tsallis
 
 
 def _gates(scored: Scores, ids: torch.Tensor, valid: torch.Tensor, routing: Routing) -> torch.Tensor:
