@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 
 from moec import __version__
+from moec.cli.opt import opt
+from moec.cli.passes import passes
 from moec.errors import MoecError
 
 EXIT_FAILED = 1
@@ -56,6 +58,10 @@ def moec(
 ) -> None:
     """Compiles dense and Mixture-of-Experts models through an MLIR-style IR into verified artifacts."""
     del version, debug  # the first is read by its callback, the second by main(), at any place of the command line
+
+
+app.command()(opt)
+app.command()(passes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

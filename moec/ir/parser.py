@@ -37,7 +37,10 @@ _ESCAPE = re.compile(r'\\([0-9A-Fa-f]{2}|[nt"\\])')
 
 
 class ParseError(UsageError):
-    """The text is malformed; the message shows the line and a caret."""
+    """The text is malformed. `line` and `column`, from 1, are where."""
+
+    line = 0
+    column = 0
 
 
 def parse_module(text: str, file: str = "") -> Operation:
