@@ -102,15 +102,15 @@ class Checkpoint:
         """Shape and element type of tensor `name`. Raises UsageError when there is none."""
         return self.location(name).spec
 
-    def read(self, name: str, region: Region | None = None) -> torch.Tensor:
-        """A new tensor with the part `region` (default: all) of tensor `name`, in the type it has on disk.
+    def read(self, name: str, region: Region | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The part `region` (default: all) of tensor `name`, copied into `out` or a new tensor, in its type on disk.
 
         Raises UsageError when there is none, UnsafeInputError when the file has changed since it was opened.
         """
         location = self.location(name)
         if region is None:
             region = tuple(range(size) for size in location.spec.shape)
-        return self._files.read(location, region, self._identities[location.path])
+        return self._files.read(location, region, self._identities[location.path], out)
 
     def digest(self, name: str) -> str:
         """SHA-256 of shape, element type and bytes of tensor `name`, from the bytes themselves, streamed.

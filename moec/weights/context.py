@@ -9,7 +9,7 @@ import torch
 
 from moec.errors import UsageError
 from moec.weights.checkpoint import Checkpoint, row_regions
-from moec.weights.evaluation import evaluate, expression_digest, full_region, infer
+from moec.weights.evaluation import Evaluator, expression_digest, full_region
 from moec.weights.expression import Cast, Expression, Reference, Stored
 from moec.weights.expression_parser import parse_expression
 from moec.weights.safetensors_file import Region, TensorLocation
@@ -33,7 +33,7 @@ class WeightContext:
         self.checkpoint = checkpoint
         self.store = store
         self._in_memory = dict(in_memory or {})
-        self._known: dict[Expression, TensorSpec] = {}
+        self._evaluator = Evaluator(self)
         for name in self._in_memory:
             if checkpoint is not None and name in checkpoint:
                 raise UsageError(
@@ -49,10 +49,10 @@ class WeightContext:
         Raises UsageError for malformed expressions, unknown tensors and indices out of range.
         """
         expression = self._expression(expression)
-        spec = infer(expression, self, self._known)
+        spec = self._evaluator.infer(expression)
         region = full_region(spec)
         if index is None:
-            return evaluate(expression, region, self, self._known)
+            return self._evaluator.evaluate(expression, region)
         if not region:
             raise UsageError("a tensor without dimensions has no index", where=str(expression)[:300])
         if isinstance(index, int):
@@ -65,7 +65,7 @@ class WeightContext:
                 where=str(expression)[:300],
                 hint="use an index in range, or a slice with a positive step",
             )
-        value = evaluate(expression, (rows, *region[1:]), self, self._known)
+        value = self._evaluator.evaluate(expression, (rows, *region[1:]))
         return value[0] if isinstance(index, int) else value
 
     def chunks(self, expression: Expression | str, limit: int = 64 << 20) -> Iterator[torch.Tensor]:
@@ -74,12 +74,12 @@ class WeightContext:
         The parts' bytes in order are the bytes of the whole. Raises as `load` does.
         """
         expression = self._expression(expression)
-        for region in row_regions(infer(expression, self, self._known), limit):
-            yield evaluate(expression, region, self, self._known)
+        for region in row_regions(self._evaluator.infer(expression), limit):
+            yield self._evaluator.evaluate(expression, region)
 
     def shape_dtype(self, expression: Expression | str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and element type, from headers alone. Raises as `load` does."""
-        spec = infer(self._expression(expression), self, self._known)
+        spec = self._evaluator.infer(self._expression(expression))
         return spec.shape, spec.dtype
 
     def digest(self, expression: Expression | str) -> str:
@@ -106,15 +106,15 @@ class WeightContext:
             return TensorSpec(tuple(tensor.shape), tensor.dtype)
         return self._require_checkpoint(leaf).spec(leaf.name)
 
-    def leaf_part(self, leaf: Reference | Stored, region: Region) -> torch.Tensor:
-        """The part `region` of one tensor, copied. Raises UsageError when there is none."""
+    def leaf_part(self, leaf: Reference | Stored, region: Region, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The part `region` of one tensor, copied into `out` or a new tensor. Raises UsageError when there is none."""
         if isinstance(leaf, Stored):
-            return self._require_store(leaf).read(leaf, region)
+            return self._require_store(leaf).read(leaf, region, out)
         tensor = self._in_memory.get(leaf.name)
-        if tensor is not None:
-            window = tensor.detach()[tuple(slice(part.start, part.stop, part.step) for part in region)]
-            return window.clone(memory_format=torch.contiguous_format)
-        return self._require_checkpoint(leaf).read(leaf.name, region)
+        if tensor is None:
+            return self._require_checkpoint(leaf).read(leaf.name, region, out)
+        window = tensor.detach()[tuple(slice(part.start, part.stop, part.step) for part in region)]
+        return window.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(window)
 
     def leaf_digest(self, leaf: Reference | Stored) -> str:
         """Content digest of one tensor. Raises UsageError when there is none."""

@@ -9,24 +9,24 @@ _MXFP4_EXPONENT_BIAS = 127
 
 
 def dequantize_fp8_block(
-    weight: torch.Tensor, scale: torch.Tensor, row_blocks: torch.Tensor, column_blocks: torch.Tensor
+    weight: torch.Tensor, scale: torch.Tensor, row_blocks: torch.Tensor, column_blocks: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """`weight[..., r, c] * scale[..., row_blocks[r], column_blocks[c]]` as float32 [..., rows, columns].
+    """`weight[..., r, c] * scale[..., row_blocks[r], column_blocks[c]]` into `out`, float32 [..., rows, columns].
 
     weight: float8 [..., rows, columns]; scale: any float type [..., row blocks, column blocks], multiplied as float32;
     row_blocks, column_blocks: int64, for each row and column the block it belongs to.
     Source: DeepSeek-V3 technical report (arXiv:2412.19437) section 3.3.2; `weight_scale_inv` is the multiplier.
     """
-    values = weight.to(torch.float32)
     scale = scale.to(torch.float32)
-    # One block of rows after the other, so that the expanded scales never take the memory of the whole weight.
+    # One block of rows after the other, so that nothing of the size of the whole weight is needed beside `out`.
     blocks, counts = torch.unique_consecutive(row_blocks, return_counts=True)
     start = 0
     for block, count in zip(blocks.tolist(), counts.tolist(), strict=True):
         factors = scale[..., block, :].index_select(-1, column_blocks)
-        values[..., start : start + count, :] *= factors.unsqueeze(-2)
+        values = weight[..., start : start + count, :].to(torch.float32)
+        torch.mul(values, factors.unsqueeze(-2), out=out[..., start : start + count, :])
         start += count
-    return values
+    return out
 
 
 def dequantize_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

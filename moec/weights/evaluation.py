@@ -7,6 +7,7 @@ reads one expert, a row of a transposed matrix reads one column.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
 import torch
@@ -39,8 +40,8 @@ class TensorSource(Protocol):
     def leaf_spec(self, leaf: Reference | Stored) -> TensorSpec:
         """Shape and element type, without reading the tensor."""
 
-    def leaf_part(self, leaf: Reference | Stored, region: Region) -> torch.Tensor:
-        """A new tensor with the part `region`."""
+    def leaf_part(self, leaf: Reference | Stored, region: Region, out: torch.Tensor | None) -> torch.Tensor:
+        """The part `region`, copied into `out` (of the tensor's type, any strides) or into a new dense tensor."""
 
     def leaf_digest(self, leaf: Reference | Stored) -> str:
         """SHA-256 of shape, element type and bytes."""
@@ -49,19 +50,6 @@ class TensorSource(Protocol):
 def full_region(spec: TensorSpec) -> Region:
     """The region that covers everything."""
     return tuple(range(size) for size in spec.shape)
-
-
-def infer(expression: Expression, source: TensorSource, known: dict[Expression, TensorSpec]) -> TensorSpec:
-    """Shape and element type of `expression`; `known` remembers those of the subexpressions between calls.
-
-    Raises UsageError when the parts do not fit together, with the part of the expression that is wrong.
-    """
-    found = known.get(expression)
-    if found is None:
-        operands = [infer(operand, source, known) for operand in expression.operands]
-        found = _infer_one(expression, operands, source)
-        known[expression] = found
-    return found
 
 
 def _fail(expression: Expression, problem: str) -> NoReturn:
@@ -156,116 +144,110 @@ def _infer_mxfp4(expression: Expression, blocks: TensorSpec, scales: TensorSpec)
     return TensorSpec((experts, groups * packed * 2, rows), torch.float32)
 
 
-def evaluate(
-    expression: Expression, region: Region, source: TensorSource, known: dict[Expression, TensorSpec]
-) -> torch.Tensor:
-    """The part `region` of the value of `expression`: a new dense tensor of shape [len(part) for part in region].
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """Computes parts of expressions over `source`; `known` remembers shapes and types between calls."""
 
-    Raises UsageError for expressions that do not fit together, and whatever `source` raises.
-    """
-    spec = infer(expression, source, known)
-    match expression:
-        case Reference() | Stored():
-            return source.leaf_part(expression, region)
-        case Stack(dim, parts):
-            result = torch.empty([len(part) for part in region], dtype=spec.dtype)
-            rest = region[:dim] + region[dim + 1 :]
-            for position, chosen in enumerate(region[dim]):
-                result.select(dim, position).copy_(evaluate(parts[chosen], rest, source, known))
-            return result
-        case Concat(dim, parts):
-            return _evaluate_concat(dim, parts, region, spec, source, known)
-        case Transpose(operand, one, other):
-            swapped = list(region)
-            swapped[one], swapped[other] = swapped[other], swapped[one]
-            return evaluate(operand, tuple(swapped), source, known).transpose(one, other).contiguous()
-        case Permute(operand, dims):
-            inner = tuple(region[dims.index(dim)] for dim in range(len(dims)))
-            return evaluate(operand, inner, source, known).permute(dims).contiguous()
-        case Slice(operand, dim, start, stop, step):
-            wanted = region[dim]
-            part = range(start, stop, step)[wanted.start : wanted.stop : wanted.step]
-            return evaluate(operand, (*region[:dim], part, *region[dim + 1 :]), source, known)
-        case Reshape(operand, _):
-            return _evaluate_reshape(operand, region, spec, source, known)
-        case Cast(operand, dtype):
-            return evaluate(operand, region, source, known).to(dtype)
-        case Fp8Block():
-            return _evaluate_fp8_block(expression, region, source, known)
-        case Mxfp4():
-            return _evaluate_mxfp4(expression, region, source, known)
-    raise TypeError(f"{type(expression).__name__} has no meaning")
+    source: TensorSource
+    known: dict[Expression, TensorSpec] = field(default_factory=dict)
 
+    def infer(self, expression: Expression) -> TensorSpec:
+        """Shape and element type of `expression`. Raises UsageError when its parts do not fit together."""
+        found = self.known.get(expression)
+        if found is None:
+            found = _infer_one(expression, [self.infer(operand) for operand in expression.operands], self.source)
+            self.known[expression] = found
+        return found
 
-def _evaluate_concat(
-    dim: int,
-    parts: tuple[Expression, ...],
-    region: Region,
-    spec: TensorSpec,
-    source: TensorSource,
-    known: dict[Expression, TensorSpec],
-) -> torch.Tensor:
-    result = torch.empty([len(part) for part in region], dtype=spec.dtype)
-    wanted = region[dim]
-    begin = 0
-    done = 0
-    for part in parts:
-        end = begin + infer(part, source, known).shape[dim]
-        stop = max(done, min(len(wanted), -(-(end - wanted.start) // wanted.step)))
-        chosen = wanted[done:stop]
-        if len(chosen):
-            local = range(chosen.start - begin, chosen.stop - begin, chosen.step)
-            inner = (*region[:dim], local, *region[dim + 1 :])
-            result.narrow(dim, done, len(chosen)).copy_(evaluate(part, inner, source, known))
-        begin, done = end, stop
-    return result
+    def evaluate(self, expression: Expression, region: Region, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The part `region` of the value of `expression`, of shape [len(part) for part in region].
 
+        It is written into `out` (of the expression's type, any strides) or into a new dense tensor.
+        Raises UsageError for expressions that do not fit together, and whatever the source raises.
+        """
+        spec = self.infer(expression)
+        match expression:
+            case Reference() | Stored():
+                return self.source.leaf_part(expression, region, out)
+            case Slice(operand, dim, start, stop, step):
+                wanted = region[dim]
+                part = range(start, stop, step)[wanted.start : wanted.stop : wanted.step]
+                return self.evaluate(operand, (*region[:dim], part, *region[dim + 1 :]), out)
+        if out is None:
+            out = torch.empty([len(part) for part in region], dtype=spec.dtype)
+        match expression:
+            case Stack(dim, parts):
+                rest = region[:dim] + region[dim + 1 :]
+                for position, chosen in enumerate(region[dim]):
+                    self.evaluate(parts[chosen], rest, out.select(dim, position))
+            case Concat():
+                self._concat(expression, region, out)
+            case Transpose(operand, one, other):
+                swapped = list(region)
+                swapped[one], swapped[other] = swapped[other], swapped[one]
+                out.copy_(self.evaluate(operand, tuple(swapped)).transpose(one, other))
+            case Permute(operand, dims):
+                inner = tuple(region[dims.index(dim)] for dim in range(len(dims)))
+                out.copy_(self.evaluate(operand, inner).permute(dims))
+            case Reshape():
+                out.copy_(self._reshape(expression, region, spec))
+            case Cast(operand, _):
+                out.copy_(self.evaluate(operand, region))
+            case Fp8Block():
+                self._fp8_block(expression, region, out)
+            case Mxfp4():
+                out.copy_(self._mxfp4(expression, region))
+            case _:
+                raise TypeError(f"{type(expression).__name__} has no meaning")
+        return out
 
-def _evaluate_reshape(
-    operand: Expression, region: Region, spec: TensorSpec, source: TensorSource, known: dict[Expression, TensorSpec]
-) -> torch.Tensor:
-    """Read the rows of `operand` that cover the wanted rows, then cut. Both are contiguous runs of elements."""
-    inner = infer(operand, source, known)
-    if spec.elements == 0 or not spec.shape or not inner.shape or not all(region):
-        value = evaluate(operand, full_region(inner), source, known).reshape(spec.shape)
-        return value[tuple(slice(part.start, part.stop, part.step) for part in region)].contiguous()
-    first, last = region[0][0], region[0][-1] + 1
-    row, inner_row = spec.elements // spec.shape[0], inner.elements // inner.shape[0]
-    inner_first, inner_last = first * row // inner_row, -(-last * row // inner_row)
-    covering = (range(inner_first, inner_last), *full_region(inner)[1:])
-    flat = evaluate(operand, covering, source, known).reshape(-1)
-    rows = flat[first * row - inner_first * inner_row :][: (last - first) * row].reshape(last - first, *spec.shape[1:])
-    window = (
-        slice(0, None, region[0].step),
-        *(slice(part.start, part.stop, part.step) for part in region[1:]),
-    )
-    # clone, because the rows may be a small part of what had to be read
-    return rows[window].clone(memory_format=torch.contiguous_format)
+    def _concat(self, expression: Concat, region: Region, out: torch.Tensor) -> None:
+        dim = expression.dim
+        wanted = region[dim]
+        begin = done = 0
+        for part in expression.parts:
+            end = begin + self.infer(part).shape[dim]
+            stop = max(done, min(len(wanted), -(-(end - wanted.start) // wanted.step)))
+            chosen = wanted[done:stop]
+            if chosen:
+                local = range(chosen.start - begin, chosen.stop - begin, chosen.step)
+                inner = (*region[:dim], local, *region[dim + 1 :])
+                self.evaluate(part, inner, out.narrow(dim, done, len(chosen)))
+            begin, done = end, stop
 
+    def _reshape(self, expression: Reshape, region: Region, spec: TensorSpec) -> torch.Tensor:
+        """Read the rows of the operand that cover the wanted rows, then cut. Both are contiguous runs of elements."""
+        inner = self.infer(expression.operand)
+        if not spec.shape or not inner.shape or not all(region):
+            value = self.evaluate(expression.operand, full_region(inner)).reshape(spec.shape)
+            return value[tuple(slice(part.start, part.stop, part.step) for part in region)]
+        first, last = region[0][0], region[0][-1] + 1
+        row, inner_row = spec.elements // spec.shape[0], inner.elements // inner.shape[0]
+        inner_first, inner_last = first * row // inner_row, -(-last * row // inner_row)
+        covering = (range(inner_first, inner_last), *full_region(inner)[1:])
+        flat = self.evaluate(expression.operand, covering).reshape(-1)
+        start = first * row - inner_first * inner_row
+        rows = flat[start : start + (last - first) * row].reshape(last - first, *spec.shape[1:])
+        rest = (slice(part.start, part.stop, part.step) for part in region[1:])
+        return rows[(slice(0, None, region[0].step), *rest)]
 
-def _evaluate_fp8_block(
-    expression: Fp8Block, region: Region, source: TensorSource, known: dict[Expression, TensorSpec]
-) -> torch.Tensor:
-    rows, columns = region[-2:]
-    weight = evaluate(expression.weight, region, source, known)
-    row_blocks, row_indices = _blocks(rows, expression.block_rows)
-    column_blocks, column_indices = _blocks(columns, expression.block_columns)
-    scale = evaluate(expression.scale, (*region[:-2], row_blocks, column_blocks), source, known)
-    return dequantize_fp8_block(weight, scale, row_indices, column_indices)
+    def _fp8_block(self, expression: Fp8Block, region: Region, out: torch.Tensor) -> None:
+        rows, columns = region[-2:]
+        row_blocks, row_indices = _blocks(rows, expression.block_rows)
+        column_blocks, column_indices = _blocks(columns, expression.block_columns)
+        weight = self.evaluate(expression.weight, region)
+        scale = self.evaluate(expression.scale, (*region[:-2], row_blocks, column_blocks))
+        dequantize_fp8_block(weight, scale, row_indices, column_indices, out)
 
-
-def _evaluate_mxfp4(
-    expression: Mxfp4, region: Region, source: TensorSource, known: dict[Expression, TensorSpec]
-) -> torch.Tensor:
-    experts, columns, rows = region
-    packed = infer(expression.blocks, source, known).shape[-1]
-    groups, _ = _blocks(columns, 2 * packed)
-    blocks = evaluate(expression.blocks, (experts, rows, groups, range(packed)), source, known)
-    scales = evaluate(expression.scales, (experts, rows, groups), source, known)
-    values = dequantize_mxfp4(blocks, scales)
-    offset = groups.start * 2 * packed
-    values = values[..., columns.start - offset : columns.stop - offset : columns.step]
-    return values.transpose(1, 2).contiguous()
+    def _mxfp4(self, expression: Mxfp4, region: Region) -> torch.Tensor:
+        experts, columns, rows = region
+        packed = self.infer(expression.blocks).shape[-1]
+        groups, _ = _blocks(columns, 2 * packed)
+        blocks = self.evaluate(expression.blocks, (experts, rows, groups, range(packed)))
+        scales = self.evaluate(expression.scales, (experts, rows, groups))
+        offset = groups.start * 2 * packed
+        values = dequantize_mxfp4(blocks, scales)
+        return values[..., columns.start - offset : columns.stop - offset : columns.step].transpose(1, 2)
 
 
 def _blocks(wanted: range, size: int) -> tuple[range, torch.Tensor]:

@@ -28,8 +28,14 @@ _MAXIMUM_NAME_LENGTH = 4096
 _MAXIMUM_DIMENSIONS = 64
 _MAXIMUM_SIZE = 2**63 - 1
 _OPEN_MAPPINGS = 16
-_RELEASE_PAGES_ABOVE = 1 << 20
-_CARRIERS = {1: numpy.uint8, 2: numpy.uint16, 4: numpy.uint32, 8: numpy.uint64}
+_ADVISE_ABOVE_BYTES = 1 << 20
+# numpy has no bfloat16 and no float8: bytes travel as unsigned integers of the same size.
+_CARRIERS = {
+    1: (numpy.uint8, torch.uint8),
+    2: (numpy.uint16, torch.uint16),
+    4: (numpy.uint32, torch.uint32),
+    8: (numpy.uint64, torch.uint64),
+}
 _GIT_LFS_START = b"version https://git-lfs"
 
 
@@ -188,23 +194,32 @@ class MappedFiles:
     def __init__(self) -> None:
         self._mappings: OrderedDict[Path, tuple[mmap.mmap, tuple[int, ...]]] = OrderedDict()
 
-    def read(self, location: TensorLocation, region: Region, identity: tuple[int, ...]) -> torch.Tensor:
-        """A new dense tensor with the part `region` of the tensor at `location`.
+    def read(
+        self, location: TensorLocation, region: Region, identity: tuple[int, ...], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The part `region` of the tensor at `location`, copied into `out` or into a new dense tensor.
 
         Only the pages under that part are read, and they are given back afterwards. `identity` is the file's when its
-        header was checked. Raises UnsafeInputError when the file has changed since.
+        header was checked; `out`, of the tensor's type, may have any strides. Raises UnsafeInputError when the file has
+        changed since.
         """
-        shape, dtype = location.spec.shape, location.spec.dtype
-        if location.nbytes == 0:
-            return torch.empty([len(part) for part in region], dtype=dtype)
+        spec = location.spec
+        if out is None:
+            out = torch.empty([len(part) for part in region], dtype=spec.dtype)
+        if out.numel() == 0:
+            return out
         mapping = self._mapping(location.path, identity)
-        carrier = _CARRIERS[dtype.itemsize]
-        flat = numpy.frombuffer(mapping, dtype=carrier, count=location.spec.elements, offset=location.offset)
-        window = flat.reshape(shape)[tuple(slice(part.start, part.stop, part.step) for part in region)]
-        copy = numpy.array(window, copy=True, order="C")
-        del flat, window
-        self._release_pages(mapping, location)
-        return torch.from_numpy(copy).view(dtype)
+        carrier = _CARRIERS[spec.dtype.itemsize]
+        source = numpy.frombuffer(mapping, dtype=carrier[0], count=spec.elements, offset=location.offset)
+        window = source.reshape(spec.shape)[tuple(slice(part.start, part.stop, part.step) for part in region)]
+        pages = _pages(location, region)
+        if pages is not None:
+            mapping.madvise(mmap.MADV_WILLNEED, *pages)
+        numpy.copyto(out.view(carrier[1]).numpy(), window)
+        del source, window
+        if pages is not None:
+            mapping.madvise(mmap.MADV_DONTNEED, *pages)
+        return out
 
     def close(self) -> None:
         """Close every map. Tensors that were read stay valid, they are copies."""
@@ -230,9 +245,15 @@ class MappedFiles:
             self._mappings.popitem(last=False)[1][0].close()
         return mapping
 
-    @staticmethod
-    def _release_pages(mapping: mmap.mmap, location: TensorLocation) -> None:
-        if location.nbytes < _RELEASE_PAGES_ABOVE or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        start = location.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        mapping.madvise(mmap.MADV_DONTNEED, start, location.offset + location.nbytes - start)
+
+def _pages(location: TensorLocation, region: Region) -> tuple[int, int] | None:
+    """Start and length of the pages under the rows of `region`, or None where advising the system is not worth it."""
+    first, length = location.offset, location.nbytes
+    if region:
+        row = location.nbytes // location.spec.shape[0]
+        first += region[0][0] * row
+        length = (region[0][-1] + 1 - region[0][0]) * row
+    if length < _ADVISE_ABOVE_BYTES or not hasattr(mmap, "MADV_WILLNEED"):
+        return None
+    start = first // mmap.PAGESIZE * mmap.PAGESIZE
+    return start, first + length - start

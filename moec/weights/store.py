@@ -98,13 +98,13 @@ class WeightStore:
         """
         return self._verify(stored).tensors[_TENSOR]
 
-    def read(self, stored: Stored, region: Region | None = None) -> torch.Tensor:
-        """The part `region` (default: all) of a stored tensor. Raises as `location` does."""
+    def read(self, stored: Stored, region: Region | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The part `region` (default: all) of a stored tensor, in `out` or a new tensor. Raises as `location` does."""
         header = self._verify(stored)
         location = header.tensors[_TENSOR]
         if region is None:
             region = tuple(range(size) for size in location.spec.shape)
-        return self._files.read(location, region, header.identity)
+        return self._files.read(location, region, header.identity, out)
 
     def remember(self, work: Work, results: Mapping[str, Stored]) -> None:
         """Write down what `work` produced. Raises ResourceError when the disk is full."""

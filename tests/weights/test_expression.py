@@ -233,8 +233,8 @@ def test_only_the_wanted_part_is_read(context: WeightContext, monkeypatch: pytes
     read: list[tuple[str, int]] = []
     original = checkpoint.read
 
-    def recording(name: str, region: tuple[range, ...] | None = None) -> torch.Tensor:
-        value = original(name, region)
+    def recording(name: str, region: tuple[range, ...] | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        value = original(name, region, out)
         read.append((name, value.numel()))
         return value
 
