@@ -170,3 +170,16 @@ def _one_of_pairs(value: OpResult, op: AtenOp, name: str) -> Part | None:
     if shape(base)[:-1] != shape(pairs)[:-2] or not isinstance(count, int) or shape(base)[-1] != 2 * count:
         return None
     return Part(base, index % 2, count, 2)
+
+
+def channel_vector(value: Value, of: Value) -> Value | None:
+    """`value` as one number per channel of `of`, of its element type; leading axes of size 1 are looked through."""
+    channels = shape(of)[-1]
+    while (view := is_view(value) or made_by(value, "unsqueeze.default")) is not None:
+        if shape(value)[-1:] != (channels,) or any(size != 1 for size in shape(value)[:-1]):
+            return None
+        if shape(view.operands[0])[-1:] != (channels,):
+            return None
+        value = view.operands[0]
+    fits = shape(value) == (channels,) and tensor(value).dtype is tensor(of).dtype
+    return value if fits else None

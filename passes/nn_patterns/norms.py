@@ -9,7 +9,7 @@ from __future__ import annotations
 from moec.dialects.aten import AtenOp
 from moec.dialects.nn import LayerNormOp, RMSNormOp
 from moec.ir import DType, Value
-from moec.passes.matching import added_number, both_orders, is_last_axis, is_view, made_by, shape, tensor
+from moec.passes.matching import added_number, both_orders, channel_vector, is_last_axis, made_by, tensor
 from moec.rewrite import Rewriter, rewrite
 
 # torch.finfo(dtype).eps, which torch takes where rms_norm is given no epsilon
@@ -50,7 +50,7 @@ def move_weight_into_norm(op: AtenOp, rewriter: Rewriter) -> bool:
         norm = normed.defining_op
         if not isinstance(norm, RMSNormOp | LayerNormOp) or norm.weight is not None or not normed.has_one_use:
             continue
-        weight = _vector(factor, normed)
+        weight = channel_vector(factor, normed)
         if weight is None or tensor(op.result) != tensor(normed):
             continue
         if isinstance(norm, RMSNormOp):
@@ -71,7 +71,7 @@ def move_bias_into_norm(op: AtenOp, rewriter: Rewriter) -> bool:
     for normed, other in both_orders(op):
         norm = normed.defining_op
         if isinstance(norm, LayerNormOp) and norm.bias is None and normed.has_one_use:
-            bias = _vector(other, normed)
+            bias = channel_vector(other, normed)
             if bias is not None and tensor(op.result) == tensor(normed):
                 rewriter.replace_with(op, LayerNormOp(norm.x, norm.weight, bias, epsilon=norm.epsilon))
                 return True
@@ -185,19 +185,6 @@ def _centred(value: Value) -> Value | None:
     if both is not None and average is both.results[1] and both.tensor("self") is source and both.argument("keepdim"):
         return source if is_last_axis(both) else None
     return None
-
-
-def _vector(value: Value, normed: Value) -> Value | None:
-    """`value` as one number per channel of `normed`; leading axes of size 1 are looked through."""
-    channels = shape(normed)[-1]
-    while (view := is_view(value) or made_by(value, "unsqueeze.default")) is not None:
-        if shape(value)[-1:] != (channels,) or any(size != 1 for size in shape(value)[:-1]):
-            return None
-        if shape(view.operands[0])[-1:] != (channels,):
-            return None
-        value = view.operands[0]
-    fits = shape(value) == (channels,) and tensor(value).dtype is tensor(normed).dtype
-    return value if fits else None
 
 
 NORM_PATTERNS = (
