@@ -7,6 +7,8 @@ reads one expert, a row of a transposed matrix reads one column.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
@@ -31,6 +33,8 @@ from moec.weights.expression import (
 from moec.weights.safetensors_file import Region
 from moec.weights.tensor_spec import DTYPE_TO_TEXT, TensorSpec
 
+# What has to be held beside the result of a cast, unless one row is larger.
+_PART_BYTES = 32 << 20
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -192,7 +196,9 @@ class Evaluator:
             case Reshape():
                 out.copy_(self._reshape(expression, region, spec))
             case Cast(operand, _):
-                out.copy_(self.evaluate(operand, region))
+                for start, rows in _row_parts(region, self.infer(operand)):
+                    target = out.narrow(0, start, len(rows[0])) if rows else out
+                    target.copy_(self.evaluate(operand, rows))
             case Fp8Block():
                 self._fp8_block(expression, region, out)
             case Mxfp4():
@@ -248,6 +254,17 @@ class Evaluator:
         offset = groups.start * 2 * packed
         values = dequantize_mxfp4(blocks, scales)
         return values[..., columns.start - offset : columns.stop - offset : columns.step].transpose(1, 2)
+
+
+def _row_parts(region: Region, spec: TensorSpec) -> Iterator[tuple[int, Region]]:
+    """Cut a region along dimension 0 into parts of about `_PART_BYTES`, each with the position of its first row."""
+    if not region:
+        yield 0, region
+        return
+    row_bytes = math.prod(len(part) for part in region[1:]) * spec.dtype.itemsize
+    step = max(1, _PART_BYTES // max(row_bytes, 1))
+    for start in range(0, len(region[0]), step):
+        yield start, (region[0][start : start + step], *region[1:])
 
 
 def _blocks(wanted: range, size: int) -> tuple[range, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import unicodedata
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -193,6 +194,7 @@ class MappedFiles:
 
     def __init__(self) -> None:
         self._mappings: OrderedDict[Path, tuple[mmap.mmap, tuple[int, ...]]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(
         self, location: TensorLocation, region: Region, identity: tuple[int, ...], out: torch.Tensor | None = None
@@ -208,7 +210,8 @@ class MappedFiles:
             out = torch.empty([len(part) for part in region], dtype=spec.dtype)
         if out.numel() == 0:
             return out
-        mapping = self._mapping(location.path, identity)
+        with self._lock:
+            mapping = self._mapping(location.path, identity)
         carrier = _CARRIERS[spec.dtype.itemsize]
         source = numpy.frombuffer(mapping, dtype=carrier[0], count=spec.elements, offset=location.offset)
         window = source.reshape(spec.shape)[tuple(slice(part.start, part.stop, part.step) for part in region)]
@@ -222,9 +225,9 @@ class MappedFiles:
         return out
 
     def close(self) -> None:
-        """Close every map. Tensors that were read stay valid, they are copies."""
-        while self._mappings:
-            self._mappings.popitem()[1][0].close()
+        """Give up every map. Tensors that were read stay valid, they are copies."""
+        with self._lock:
+            self._mappings.clear()
 
     def _mapping(self, path: Path, identity: tuple[int, ...]) -> mmap.mmap:
         found = self._mappings.get(path)
@@ -242,7 +245,8 @@ class MappedFiles:
             os.close(descriptor)
         self._mappings[path] = (mapping, identity)
         if len(self._mappings) > _OPEN_MAPPINGS:
-            self._mappings.popitem(last=False)[1][0].close()
+            # not closed here: another thread may be copying from it; the last reference closes it
+            self._mappings.popitem(last=False)
         return mapping
 
 

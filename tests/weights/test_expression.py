@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from moec.errors import UsageError
+from moec.weights import evaluation
 from moec.weights.checkpoint import Checkpoint
 from moec.weights.context import WeightContext
 from moec.weights.expression import (
@@ -293,6 +294,16 @@ def test_any_text_parses_or_is_refused(text: str) -> None:
     except UsageError:
         return
     assert parse_expression(str(expression)) == expression
+
+
+def test_casts_of_large_tensors_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_PART_BYTES", 100)
+    tensor = torch.randn(37, 5, 3)
+    context = WeightContext(in_memory={"w": tensor, "scalar": tensor[0, 0, 0], "empty": tensor[:0]})
+    for index in (None, 3, slice(4, 30, 3)):
+        assert torch.equal(context.load("cast(w, f16)", index), (tensor if index is None else tensor[index]).half())
+    assert context.load("cast(scalar, f64)").dtype == torch.float64
+    assert context.load("cast(empty, f64)").shape == (0, 5, 3)
 
 
 def test_digest_follows_content(context: WeightContext, tensors: Tensors, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,15 @@ def test_reading_many_shards_keeps_few_files_open(tmp_path: Path) -> None:
     tensors = [checkpoint.read(f"weight.{k}") for k in range(60)]
     assert len(os.listdir("/proc/self/fd")) - before <= 20
     assert [int(tensor[0]) for tensor in tensors] == list(range(60))
+
+
+def test_many_threads_read_at_once(tmp_path: Path) -> None:
+    shards = {f"model-{k:05d}.safetensors": {f"weight.{k}": torch.full((9, 1000), float(k))} for k in range(40)}
+    save_shards(tmp_path, shards)
+    checkpoint = Checkpoint.open(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        tensors = list(pool.map(lambda k: checkpoint.read(f"weight.{k % 40}"), range(400)))
+    assert all(torch.equal(tensor, torch.full((9, 1000), float(k % 40))) for k, tensor in enumerate(tensors))
 
 
 @settings(max_examples=150, deadline=None)
