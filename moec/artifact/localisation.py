@@ -65,7 +65,7 @@ def _first_unequal(left: onnx_ir.TensorProtocol, right: onnx_ir.TensorProtocol) 
     for a, b in zip(_pieces(left), _pieces(right), strict=True):
         unequal = np.flatnonzero(a != b)
         if len(unequal):
-            return (start + int(unequal[0])) // max(left.dtype.itemsize, 1)
+            return (start + int(unequal[0])) // max(int(left.dtype.itemsize), 1)
         start += len(a)
     return None
 

@@ -54,6 +54,7 @@ class Report(Record):
     pipeline: str
     parameters: int
     active_parameters: int
+    active_flops: int
     source_bytes: int
     artifact_bytes: int
     layers: tuple[LayerFacts, ...]

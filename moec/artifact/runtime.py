@@ -35,14 +35,22 @@ class CacheInput:
 class OnnxModel:
     """An exported model. `is_decoder` says whether it gives logits and takes a cache."""
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        """Loads `path` (model.onnx) for the CPU. Raises UsageError if there is no such file."""
+    def __init__(self, path: Path, *, threads: int | None = None, lean: bool = False) -> None:
+        """Loads `path` (model.onnx) for the CPU. Raises UsageError if there is no such file.
+
+        `lean` leaves the weights in their mapped file: no repacked copies and no folded constants, so that a model
+        larger than the memory can be checked. It is slower.
+        """
         if not path.is_file():
             raise UsageError("there is no ONNX model", where=str(path), hint="compile with --emit onnx")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
+        if lean:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = {item.name: item for item in self.session.get_inputs()}
         self.outputs = [item.name for item in self.session.get_outputs()]

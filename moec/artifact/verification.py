@@ -128,10 +128,13 @@ def compare_with_source(ir: ReferenceRun, source: ReferenceRun, batch: TokenBatc
 
 
 def compare_artifact(
-    path: Path, ir: ReferenceRun, batch: TokenBatch, bound: float, *, threads: int | None = None
+    path: Path, ir: ReferenceRun, batch: TokenBatch, bound: float, *, lean: bool = False
 ) -> list[VerificationRow]:
-    """The exported model against the IR: in one pass, and for a decoder token by token through its cache."""
-    model = OnnxModel(path, threads=threads)
+    """The exported model against the IR: in one pass, and for a decoder token by token through its cache.
+
+    `lean` as in `OnnxModel`.
+    """
+    model = OnnxModel(path, lean=lean)
     if not model.is_decoder:
         return [_artifact_row("artifact against IR", model.encode(batch.ids, batch.mask), ir, batch, bound)]
     whole, _ = model.step(batch.ids, batch.mask, model.empty_cache(len(batch.ids)))

@@ -14,8 +14,11 @@ from typing import Annotated
 import typer
 
 from moec import __version__
+from moec.cli.compile import compile_command
 from moec.cli.opt import opt
 from moec.cli.passes import passes
+from moec.cli.plan import plan
+from moec.cli.run import run
 from moec.errors import MoecError
 
 EXIT_FAILED = 1
@@ -60,7 +63,10 @@ def moec(
     del version, debug  # the first is read by its callback, the second by main(), at any place of the command line
 
 
+app.command("compile")(compile_command)
+app.command()(plan)
 app.command()(opt)
+app.command()(run)
 app.command()(passes)
 
 

@@ -38,6 +38,7 @@ def sample_report() -> Report:
         pipeline="raise-nn,raise-moe,narrow{layer=2}",
         parameters=3000000,
         active_parameters=1300000,
+        active_flops=2500000,
         source_bytes=12341760,
         artifact_bytes=12000000,
         layers=layers,

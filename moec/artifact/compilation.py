@@ -1,0 +1,255 @@
+"""From a source folder to an artifact folder: load, run passes under the ledger, emit, verify, describe."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import moec
+from moec.artifact.folder import atomic_folder
+from moec.artifact.ledger import LedgerEntry
+from moec.artifact.manifest import (
+    BuildRecord,
+    FileRecord,
+    Manifest,
+    SourceRecord,
+    VerificationRecord,
+    describe_file,
+    describe_files,
+    write_manifest,
+)
+from moec.artifact.measurements import (
+    MEASUREMENTS_NAME,
+    Cost,
+    Measurements,
+    Stopwatch,
+    VerificationRow,
+    this_machine,
+)
+from moec.artifact.memory import MemoryWatch
+from moec.artifact.options import CompileOptions, OutputDType
+from moec.artifact.plan import plan_compilation
+from moec.artifact.record import write_record
+from moec.artifact.recorder import LedgerRecorder
+from moec.artifact.report import Report, write_report
+from moec.artifact.summary import active_parameters, layer_facts, model_size
+from moec.artifact.tokens import token_batch
+from moec.artifact.verification import (
+    bound_for,
+    compare_artifact,
+    compare_with_source,
+    require_rows,
+    run_reference,
+)
+from moec.codegen.onnx.emit import emit_onnx
+from moec.codegen.onnx.targets import parse_target
+from moec.dialects.builtin import ModuleOp
+from moec.frontend.huggingface import load_huggingface
+from moec.ir import DType
+from moec.module import Module
+from moec.pipeline.base import Claim
+from moec.pipeline.instruments import Instrument
+from moec.pipeline.manager import PassManager, Pipeline, PipelineReport
+
+MODULE_FILE = "module.mlir"
+ONNX_FOLDER = "onnx"
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+_VERSIONED = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "numpy")
+_LEAN_BYTES = 512 << 20
+_ROWS, _LENGTH = 2, 32
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compilation made. `folder` is the artifact; `pipeline_report` has statistics, refusals and remarks."""
+
+    folder: Path
+    module: Module
+    manifest: Manifest
+    measurements: Measurements
+    report: Report
+    pipeline_report: PipelineReport
+
+
+def compile_folder(
+    source: Path,
+    output: Path,
+    options: CompileOptions,
+    *,
+    replace: bool = False,
+    observers: Sequence[Instrument] = (),
+    reproducer: Path | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> CompileResult:
+    """Compiles the Hugging Face folder `source` into the artifact folder `output`, which appears when it is whole.
+
+    `progress` is called with the name of each step. Raises every subclass of MoecError, each for its reason; the output
+    folder does not exist then (or is the one that was there before).
+    """
+    pipeline = Pipeline.parse(options.pipeline)
+    target = parse_target(options.target)
+    with atomic_folder(output, replace=replace) as folder, MemoryWatch() as memory:
+        watch = Stopwatch(memory)
+
+        def step(name: str) -> AbstractContextManager[None]:
+            progress(name)
+            return watch.step(name)
+
+        with step("predict"):
+            predicted = plan_compilation(source, options).cost
+        with step("load"):
+            module = load_huggingface(source)
+            original = _copy(module)
+            before = model_size(module)
+        with step("passes"):
+            recorder = LedgerRecorder(module, options.check, seed=options.seed, text=options.text)
+            manager = PassManager(pipeline, observers=(*observers, recorder), reproducer=reproducer)
+            outcome = manager.run(module.op, weights=module.weights, module=module, seed=options.seed)
+        with step("write IR"):
+            (folder / MODULE_FILE).write_text(module.print() + "\n", encoding="utf-8")
+        with step("emit ONNX"):
+            emit_onnx(
+                module,
+                folder / ONNX_FOLDER,
+                target=target,
+                dtype=DType.F32 if options.dtype is OutputDType.FLOAT32 else DType.F16,
+                weights_in_place=options.weights_in_place,
+            )
+            _copy_companions(source, folder / ONNX_FOLDER)
+        rows: list[VerificationRow] = []
+        if options.verify:
+            with step("verify"):
+                rows = _verify(module, original, folder, options)
+        with step("digest"):
+            manifest = _manifest(source, module, options, pipeline, recorder.entries, rows, folder)
+            write_manifest(folder, manifest)
+        disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        actual = Cost(seconds=round(watch.seconds, 3), memory_bytes=memory.look(), disk_bytes=disk)
+        measurements = Measurements(
+            source=str(source.resolve()),
+            machine=this_machine(),
+            steps=tuple(watch.steps),
+            passes=tuple(recorder.times),
+            predicted=predicted,
+            actual=actual,
+            verification=tuple(rows),
+        )
+        write_record(folder / MEASUREMENTS_NAME, measurements)
+        report = _report(source, module, manifest, measurements, before.bytes)
+        write_report(folder, report)
+    return CompileResult(output, module, manifest, measurements, report, outcome)
+
+
+def _copy(module: Module) -> Module:
+    """The module as it is now; passes change the original in place."""
+    clone = module.op.clone()
+    assert isinstance(clone, ModuleOp)
+    return Module(clone, module.weights, module.source)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Copies tokenizer, chat template and generation config as they are; nothing in them is run or rendered."""
+    for name in COPIED_FILES:
+        path = source / name
+        if path.is_file() and not (folder / name).exists():
+            shutil.copyfile(path, folder / name)
+
+
+def _verify(module: Module, original: Module, folder: Path, options: CompileOptions) -> list[VerificationRow]:
+    batch = token_batch(module, rows=_ROWS, length=_LENGTH, text=options.text, seed=options.seed)
+    ir = run_reference(module.op, module.weights, batch)
+    rows: list[VerificationRow] = []
+    if all(step.instance.claim is Claim.EXACT for step in Pipeline.parse(options.pipeline).passes):
+        rows += compare_with_source(ir, run_reference(original.op, original.weights, batch), batch)
+    path = folder / ONNX_FOLDER
+    lean = sum(item.stat().st_size for item in path.iterdir()) > _LEAN_BYTES
+    rows += compare_artifact(path / "model.onnx", ir, batch, bound_for(options.dtype), lean=lean)
+    require_rows(rows)
+    return rows
+
+
+def _manifest(
+    source: Path,
+    module: Module,
+    options: CompileOptions,
+    pipeline: Pipeline,
+    ledger: Sequence[LedgerEntry],
+    rows: Sequence[VerificationRow],
+    folder: Path,
+) -> Manifest:
+    return Manifest(
+        source=SourceRecord(
+            model_type=module.source.model_type,
+            architecture=module.source.class_name,
+            parameters=model_size(module).parameters,
+            files=source_files(source),
+        ),
+        build=BuildRecord(
+            pipeline=str(pipeline),
+            emit=("onnx",),
+            target=options.target,
+            dtype=options.dtype.value,
+            optimize_for=options.optimize_for.value,
+            check=options.check.value,
+            seed=options.seed,
+            weights_in_place=options.weights_in_place,
+        ),
+        versions={"moec": moec.__version__, **{name: version(name) for name in _VERSIONED}},
+        ledger=tuple(ledger),
+        verification=VerificationRecord(
+            status="passed" if rows else "skipped",
+            tokens=max((row.tokens for row in rows), default=0),
+            tolerance=bound_for(options.dtype),
+        ),
+        files=describe_files(folder),
+    )
+
+
+def source_files(source: Path) -> dict[str, FileRecord]:
+    """Size and digest of everything in the source folder that the artifact depends on."""
+    names = sorted(path.name for path in source.glob("*.safetensors"))
+    names += [name for name in ("model.safetensors.index.json", *COPIED_FILES) if (source / name).is_file()]
+    return {name: describe_file(source / name) for name in names}
+
+
+def _report(source: Path, module: Module, manifest: Manifest, measurements: Measurements, source_bytes: int) -> Report:
+    size = model_size(module)
+    return Report(
+        title=source.resolve().name,
+        architecture=manifest.source.architecture,
+        model_type=manifest.source.model_type,
+        target=manifest.build.target,
+        dtype=manifest.build.dtype,
+        pipeline=manifest.build.pipeline,
+        parameters=size.parameters,
+        active_parameters=active_parameters(module),
+        active_flops=size.active_flops,
+        source_bytes=source_bytes,
+        artifact_bytes=measurements.actual.disk_bytes,
+        layers=layer_facts(module),
+        ledger=manifest.ledger,
+        verification=measurements.verification,
+        losses=(),
+        speeds=(),
+        steps=measurements.steps,
+        predicted=measurements.predicted,
+        actual=measurements.actual,
+        machine=measurements.machine,
+        versions=manifest.versions,
+    )
