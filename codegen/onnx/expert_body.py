@@ -7,20 +7,14 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from moec.codegen.onnx.aten_shape import permutation
 from moec.codegen.onnx.context import Context, refuse, tensor_of
+from moec.codegen.onnx.expert_products import Product, Stacks, find_products
 from moec.codegen.onnx.expert_slices import expert_of, transposed
-from moec.codegen.onnx.registry import emit_operation, normalized_axis
-from moec.dialects.aten import AtenOp
+from moec.codegen.onnx.registry import emit_operation
 from moec.dialects.builtin import ConstantOp
 from moec.dialects.nn import LayerNormOp, RMSNormOp
 from moec.ir.operation import Block, Operation, Value
-from moec.weights.expression import Concat, Expression, Permute, Slice, Transpose
-
-_PRODUCTS = ("aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default")
-_VIEWS = ("aten.t.default", "aten.transpose.int", "aten.permute.default", "aten.numpy_T.default")
-_SLICES = ("aten.slice.Tensor", "aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
-_COPIES = ("aten.clone.default", "aten.alias.default", "aten.detach.default", "aten.contiguous.default")
+from moec.weights.expression import Concat, Transpose
 
 
 @dataclass(frozen=True)
@@ -31,25 +25,6 @@ class Rows:
     counts: ir.Value
     expert: ir.Value
     experts: int
-
-
-@dataclass(frozen=True)
-class Stacks:
-    """One weight per expert: `expression` has a leading axis of experts, `shape` is that of one expert."""
-
-    expression: Expression
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Product:
-    """rows @ weight^T + bias, where weight is [out, in] per expert."""
-
-    op: AtenOp
-    rows: Value
-    weight: Stacks
-    bias: Stacks | None
 
 
 class BodyWalk:
@@ -65,83 +40,23 @@ class BodyWalk:
     def run(self, block: Block, stacks: Sequence[Stacks]) -> ir.Value:
         """The class's outputs [n, H] for the weights `stacks`, one per argument of the block after the rows."""
         self.context.values[block.arguments[0]] = self.rows.value
-        self.stacks.update(zip(block.arguments[1:], stacks, strict=True))
-        for op in block:
-            if op is block.last:
-                break
-            if isinstance(op, ConstantOp):
-                continue
-            if op.operands and all(value in self.stacks for value in op.operands):
-                self._derive(op)
-        products = [found for op in block if (found := self._product(op)) is not None]
+        found = find_products(block, stacks)
+        self.stacks, products = found.stacks, found.products
         for op in block:
             if op is block.last or isinstance(op, ConstantOp) or op.results[0] in self.stacks:
                 continue
             if op.results[0] in self.context.values:
                 continue
-            product = next((found for found in products if found.op is op), None)
+            product = next((candidate for candidate in products if candidate.op is op), None)
             if product is not None:
-                self._project([found for found in products if _may_join(found, product)])
+                self._project([candidate for candidate in products if _may_join(candidate, product)])
             else:
                 self._emit(op)
         return self.context.value(block.terminator.operands[0])
 
-    # weights
-
-    def _derive(self, op: Operation) -> None:
-        """A view of a weight stays a weight."""
-        source = self.stacks[op.operands[0]]
-        if isinstance(op, AtenOp) and op.operand_count == 1:
-            if op.name in _COPIES:
-                self.stacks[op.results[0]] = source
-                return
-            if op.name in _VIEWS:
-                self.stacks[op.results[0]] = _permuted(source, permutation(op))
-                return
-            if op.name in _SLICES:
-                self._cut(op, source)
-                return
-        raise refuse(op, "it computes a weight of an expert at run time")
-
-    def _cut(self, op: AtenOp, source: Stacks) -> None:
-        axis = normalized_axis(op.argument("dim"), len(source.shape))
-        step = op.argument("step") if op.name == "aten.slice.Tensor" else 1
-        start = (op.argument("start") or 0) if op.name == "aten.slice.Tensor" else 0
-        start += source.shape[axis] if start < 0 else 0
-        for number, result in enumerate(op.results):
-            shape = tensor_of(result).static_shape
-            stop = min(start + shape[axis] * step, source.shape[axis])
-            expression = Slice(source.expression, axis + 1, start, stop, step)
-            name = f"{source.name}.{number}" if len(op.results) > 1 else f"{source.name}.{start}_{stop}_{step}"
-            self.stacks[result] = Stacks(expression, name, shape)
-            start = stop
-
     # products
 
-    def _product(self, op: Operation) -> _Product | None:
-        """The operation as a product of rows and a weight of each expert, None where it is something else."""
-        if not isinstance(op, AtenOp) or op.name not in _PRODUCTS:
-            return None
-        bias: Value | None = None
-        if op.name == "aten.linear.default":
-            left, right = op.tensor("input"), op.tensor("weight")
-            bias = next(iter(op.tensors("bias")), None)
-        elif op.name == "aten.addmm.default":
-            left, right, bias = op.tensor("mat1"), op.tensor("mat2"), op.tensor("self")
-            if op.argument("alpha") != 1 or op.argument("beta") != 1:
-                raise refuse(op, "scaled addmm in the body of an expert")
-        else:
-            left, right = op.operands
-        if right not in self.stacks or left in self.stacks or tensor_of(left).rank != 2:
-            return None
-        if bias is not None and bias not in self.stacks:
-            raise refuse(op, "a bias that is not a weight of the expert")
-        weight = self.stacks[right]
-        if op.name != "aten.linear.default":
-            weight = _permuted(weight, (1, 0))
-        return _Product(op, left, weight, None if bias is None else self.stacks[bias])
-
-    def _project(self, products: Sequence[_Product]) -> None:
+    def _project(self, products: Sequence[Product]) -> None:
         """Products of the same rows, as one product with the weights one below the other."""
         b, rows, first = self.b, self.context.value(products[0].rows), products[0]
         weight = first.weight
@@ -216,19 +131,6 @@ class BodyWalk:
         return self.b.op("Gather", value, self.rows.expert, axis=0)
 
 
-def _may_join(left: _Product, right: _Product) -> bool:
+def _may_join(left: Product, right: Product) -> bool:
     """Whether two products have the same rows and can be one."""
     return left.rows is right.rows and (left.bias is None) == (right.bias is None)
-
-
-def _permuted(stack: Stacks, axes: tuple[int, ...]) -> Stacks:
-    """The stack with the axes of each expert in another order."""
-    shape = tuple(stack.shape[axis] for axis in axes)
-    if axes == tuple(range(len(axes))):
-        return stack
-    if axes == (1, 0):
-        expression = stack.expression
-        if isinstance(expression, Transpose) and {expression.first, expression.second} == {1, 2}:
-            return replace(stack, expression=expression.operand, shape=shape)
-        return replace(stack, expression=Transpose(expression, 1, 2), shape=shape)
-    return replace(stack, expression=Permute(stack.expression, (0, *[axis + 1 for axis in axes])), shape=shape)

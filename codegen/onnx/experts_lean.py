@@ -1,4 +1,4 @@
-"""`moe.experts` in ai.onnx, the lean form: slots sorted by expert, one product per expert and projection, the rest once.
+"""`moe.experts` in ai.onnx, the lean form: slots sorted by expert, one product per expert and weight, all else once.
 
 `Split` hands every expert its rows; an expert without rows costs one empty product; what has no weights (activations,
 gates) runs once on all rows. Two products per expert and some thirty other nodes make a layer. Measured against other
@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, refuse, tensor_of
-from moec.codegen.onnx.expert_body import BodyWalk, Rows, Stacks
+from moec.codegen.onnx.expert_body import BodyWalk, Rows
+from moec.codegen.onnx.expert_products import Stacks
 from moec.codegen.onnx.graph import GraphBuilder
 from moec.dialects.moe import ExpertsOp, RouteOp, Select
 from moec.ir.operation import Value

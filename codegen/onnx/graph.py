@@ -47,11 +47,12 @@ class _Shared:
 class GraphBuilder:
     """Builds one graph. `subgraph()` gives a builder for a control-flow body, which may read values of this graph."""
 
-    def __init__(self, opset: int, *, constants_as_nodes: bool = False, shared: _Shared | None = None) -> None:
+    def __init__(self, opset: int, *, constants_as_nodes: bool = False, parent: GraphBuilder | None = None) -> None:
         """`constants_as_nodes` is for function bodies, which cannot have initialisers."""
         self.opset = opset
         self.constants_as_nodes = constants_as_nodes
-        self._shared = _Shared() if shared is None else shared
+        self._outermost: GraphBuilder = self if parent is None else parent._outermost
+        self._shared: _Shared = _Shared() if parent is None else parent._shared
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
@@ -111,7 +112,8 @@ class GraphBuilder:
         found = self._shared.constants.get(key)
         if found is None:
             if self.constants_as_nodes:
-                found = self.op("Constant", value=ir.tensor(data))
+                # visible to every body, since the node that owns a body is made after the body
+                found = self._outermost.op("Constant", value=ir.tensor(data))
             else:
                 # numbered apart from the scope: a constant belongs to whoever uses it
                 name = f"constant_{len(self._shared.constants)}"
@@ -178,7 +180,7 @@ class GraphBuilder:
 
     def subgraph(self) -> GraphBuilder:
         """A builder for a body; constants and weights made in it belong to the outermost graph."""
-        return GraphBuilder(self.opset, constants_as_nodes=self.constants_as_nodes, shared=self._shared)
+        return GraphBuilder(self.opset, constants_as_nodes=self.constants_as_nodes, parent=self)
 
     def to_graph(self, name: str) -> ir.Graph:
         """The body of a control-flow node or function."""
