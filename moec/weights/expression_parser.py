@@ -40,7 +40,7 @@ _MAXIMUM_EXPRESSIONS = 1 << 20
 _MAXIMUM_NUMBER_DIGITS = 19
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def parse_expression(text: str) -> Expression:
     """The expression that `text` describes. Raises UsageError, with the position, when it describes none."""
     parser = _Parser(text)
