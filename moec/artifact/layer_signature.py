@@ -36,49 +36,52 @@ def compare_segments(
             _signature(first, _located(old_values, None), _by_source),
             _signature(second, _located(new_values, None), _by_source),
         )
-        sources: dict[str, int] = {}
-        novel: list[str] = []
+        weights = _NumberedWeights({}, [])
         abstract = (
-            _signature(first, _located(old_values, position), lambda op: _numbered(op, sources)),
-            _signature(second, _located(new_values, position), lambda op: _known(op, sources, novel)),
+            _signature(first, _located(old_values, position), weights.number),
+            _signature(second, _located(new_values, position), weights.known_number),
         )
         unchanged = concrete[0] == concrete[1]
-        result.append(SegmentChange(unchanged, None if novel else abstract))
-        _add_outputs(old_values, first, position, True, 0)
-        _add_outputs(new_values, second, position, unchanged, 1)
+        result.append(SegmentChange(unchanged, None if weights.novel else abstract))
+        _name_outputs((old_values, first), (new_values, second), position, unchanged)
     return result
 
 
 @dataclass(frozen=True)
-class _Token:
-    """A value from outside a segment: an argument by name, or output `index` of the segment at `position`."""
+class _Outer:
+    """A value from outside a segment: an argument, or an output of the segment at `position`."""
 
     name: object
     position: int = -1
-    index: int = 0
 
 
-def _argument_tokens(function: FuncOp) -> dict[Value, _Token]:
+def _argument_tokens(function: FuncOp) -> dict[Value, _Outer]:
     names = function.arg_names or tuple(range(len(function.arguments)))
-    return {argument: _Token(name) for name, argument in zip(names, function.arguments, strict=True)}
+    return {argument: _Outer(name) for name, argument in zip(names, function.arguments, strict=True)}
 
 
-def _add_outputs(tokens: dict[Value, _Token], segment: Segment, position: int, trusted: bool, side: int) -> None:
-    """Outputs of one type keep their order only where the segment is unchanged; else nothing may rely on it."""
-    kinds = [value.type for value in segment.outputs]
-    for index, value in enumerate(segment.outputs):
-        clear = trusted or kinds.count(value.type) == 1
-        number = index if clear and trusted else kinds.index(value.type) if clear else index
-        tokens[value] = _Token((value.type, "" if clear else ("unclear", side)), position, number)
+def _name_outputs(
+    old: tuple[dict[Value, _Outer], Segment], new: tuple[dict[Value, _Outer], Segment], position: int, unchanged: bool
+) -> None:
+    """Outputs of a changed segment correspond where both sides have one of their type; the others stay apart."""
+    kinds = [[value.type for value in segment.outputs] for _, segment in (old, new)]
+    for side, (tokens, segment) in enumerate((old, new)):
+        for index, value in enumerate(segment.outputs):
+            name: object = ("unclear", side, index)
+            if unchanged:
+                name = index
+            elif all(found.count(value.type) == 1 for found in kinds):
+                name = value.type
+            tokens[value] = _Outer(name, position)
 
 
-def _located(tokens: Mapping[Value, _Token], here: int | None) -> Callable[[Value], object]:
-    """How an outer value appears: with `here`, positions count back from there, so that layers can be compared."""
+def _located(tokens: Mapping[Value, _Outer], here: int | None) -> Callable[[Value], object]:
+    """How an outer value appears: the segment before `here` is called so, for layers to be comparable."""
 
     def name(value: Value) -> object:
         token = tokens[value]
         previous = here is not None and token.position == here - 1
-        return (token.name, "previous" if previous else token.position, token.index)
+        return (token.name, "previous" if previous else token.position)
 
     return name
 
@@ -87,14 +90,20 @@ def _by_source(op: WeightOp) -> object:
     return op.source
 
 
-def _numbered(op: WeightOp, sources: dict[str, int]) -> object:
-    return sources.setdefault(op.source, len(sources))
+@dataclass(frozen=True)
+class _NumberedWeights:
+    """Weights by their order in the old version; `novel` are those that only the new version has."""
 
+    sources: dict[str, int]
+    novel: list[str]
 
-def _known(op: WeightOp, sources: dict[str, int], novel: list[str]) -> object:
-    if op.source not in sources:
-        novel.append(op.source)
-    return sources.get(op.source, op.source)
+    def number(self, op: WeightOp) -> object:
+        return self.sources.setdefault(op.source, len(self.sources))
+
+    def known_number(self, op: WeightOp) -> object:
+        if op.source not in self.sources:
+            self.novel.append(op.source)
+        return self.sources.get(op.source, op.source)
 
 
 def _signature(segment: Segment, outer: Callable[[Value], object], weight: WeightToken) -> Signature:

@@ -47,10 +47,14 @@ Observer = Callable[[Observation], None]
 
 
 class Steering(Protocol):
-    """Chooses what tokens are routed to, for measurements that must reach every expert."""
+    """Sends tokens to chosen experts, for measurements that must reach every expert."""
 
     def __call__(self, op: RouteOp, choice: torch.Tensor) -> torch.Tensor | None:
-        """What to add to the choice values [T, E] of `op` (not to gates), or None to leave them."""
+        """For each token of `op`, whose choice values are [T, E], the expert that it must get besides others.
+
+        i64 [T], -1 for a token that chooses freely; None where all do. The expert's logit becomes the largest of its
+        row, so that its gate counts; an expert that the mask of `op` excludes stays excluded.
+        """
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,11 +23,13 @@ from moec.reference.frame import Frame
 from moec.reference.kernels import Kernel, prepares
 
 _NEVER = -torch.inf
+# How far the logit of an expert that a token is steered to lies above the others: its softmax gate is then large.
+_STEERED_LEAD = 4.0
 
 
 @dataclass(frozen=True)
 class RouteInputs:
-    """The operands of `moe.route`; shapes as in `RouteOp`. `steering` [T, E] is added to the choice values."""
+    """The operands of `moe.route`; shapes as in `RouteOp`. `steering` as in `frame.Steering`."""
 
     logits: torch.Tensor
     logit_bias: torch.Tensor | None = None
@@ -57,8 +59,7 @@ def prepare_route(op: RouteOp) -> Kernel:
         inputs = route_inputs(op, frame)
         steering = frame.settings.steering
         if steering is not None:
-            added = steering(op, score(inputs, op.routing).choice)
-            inputs = RouteInputs(**{**vars(inputs), "steering": added})
+            inputs = replace(inputs, steering=steering(op, score(inputs, op.routing).choice))
         return route(inputs, op.routing)
 
     return compute
@@ -85,7 +86,7 @@ def route(inputs: RouteInputs, routing: Routing) -> tuple[torch.Tensor, torch.Te
     """
     experts = inputs.logits.shape[1]
     if routing.select is Select.SPARSEMIXER:
-        ids, gates, chosen = _sparsemixer(_adjusted_logits(inputs, routing), inputs, routing)
+        ids, gates, chosen = _sparsemixer(_adjusted_logits(inputs, routing), routing)
         valid = torch.ones_like(chosen)
     else:
         scored = score(inputs, routing)
@@ -105,7 +106,7 @@ def route(inputs: RouteInputs, routing: Routing) -> tuple[torch.Tensor, torch.Te
 
 
 def score(inputs: RouteInputs, routing: Routing) -> Scores:
-    """Stages 1 to 8, without steering."""
+    """Stages 1 to 8."""
     z = _adjusted_logits(inputs, routing)
     match routing.score:
         case Score.SOFTMAX:
@@ -127,6 +128,8 @@ def score(inputs: RouteInputs, routing: Routing) -> Scores:
     choice = (s if routing.choice_on is ChoiceOn.SCORE else z).detach()
     if inputs.select_bias is not None:
         choice = choice + inputs.select_bias.detach().to(choice.dtype)
+    if inputs.steering is not None:
+        choice = choice.masked_fill(_steered(inputs.steering, choice), torch.inf)
     if routing.limits_groups:
         choice = _limit_groups(choice, routing)
     if inputs.mask is not None:
@@ -149,7 +152,13 @@ def _adjusted_logits(inputs: RouteInputs, routing: Routing) -> torch.Tensor:
             case BiasUnit.MAX:
                 z = torch.where(bias > 0, z.amax(-1, keepdim=True) + bias, z)
     z = z / routing.temperature
+    if inputs.steering is not None:
+        z = torch.where(_steered(inputs.steering, z), z.amax(-1, keepdim=True) + _STEERED_LEAD, z)
     return z if inputs.mask is None else z.masked_fill(~inputs.mask.to(torch.bool), _NEVER)
+
+
+def _steered(steering: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return steering[:, None] == torch.arange(values.shape[1])
 
 
 def _limit_groups(choice: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -174,7 +183,7 @@ def _select(scored: Scores, inputs: RouteInputs, routing: Routing) -> tuple[torc
     """Stage 9: (ids [T, K], which slots are valid [T, K]), valid slots first, by descending choice."""
     if routing.select is Select.FORCED:
         return _forced(inputs)
-    choice = scored.choice if inputs.steering is None else scored.choice + inputs.steering
+    choice = scored.choice
     tokens, experts = choice.shape
     order = _descending(choice)
     ranked = scored.scores.detach().gather(1, order)
@@ -245,15 +254,11 @@ def _normalised(gates: torch.Tensor, over: torch.Tensor, routing: Routing) -> to
     return gates / torch.where(total == 0, 1.0, total)
 
 
-def _sparsemixer(
-    logits: torch.Tensor, inputs: RouteInputs, routing: Routing
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _sparsemixer(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Top-2 of PhiMoE (arXiv 2409.12136) in evaluation mode: (ids, gates, true), each [T, 2].
 
     Each gate is a softmax over the experts whose logit is within a factor of the best remaining one.
     """
-    if inputs.steering is not None:
-        logits = logits + inputs.steering
     ids, gates = [], []
     remaining = logits
     for _ in range(2):
