@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moec.dialects import aten
 from moec.ir import DimExpr, Operation, TensorType, Value
 from moec.passes.matching import made_by, shape, tensor
-from moec.rewrite import Rewriter
 
 
 class Builder:
-    """Inserts operations before the root of a match."""
+    """Inserts operations where `insert` puts them, such as before the root of a match: `Builder(rewriter.insert)`."""
 
-    def __init__(self, rewriter: Rewriter) -> None:
-        self._rewriter = rewriter
+    def __init__(self, insert: Callable[[Operation], object]) -> None:
+        self._insert = insert
 
     def insert(self, op: Operation) -> Value:
         """Inserts any operation; gives its first result."""
-        self._rewriter.insert(op)
+        self._insert(op)
         return op.results[0]
 
     def aten(

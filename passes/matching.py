@@ -124,9 +124,10 @@ def is_view(value: Value) -> AtenOp | None:
 
 @dataclass(frozen=True)
 class Part:
-    """Channels start, start + step, ... (`count` of them) of the last axis of `base`."""
+    """Channels start, start + step, ... (`count` of them) of the last axis of `base` seen with the shape `sizes`."""
 
     base: Value
+    sizes: tuple[int | DimExpr, ...]
     start: int
     count: int
     step: int = 1
@@ -143,18 +144,18 @@ def part(value: Value) -> Part | None:
         size, count = shape(base)[-1], shape(value)[-1]
         if isinstance(size, int) and isinstance(count, int):
             start = op.argument("start") or 0
-            return Part(base, start + size if start < 0 else start, count, op.argument("step"))
+            return Part(base, shape(base), start + size if start < 0 else start, count, op.argument("step"))
     if name in ("split_with_sizes.default", "split.Tensor", "chunk.default") and is_last_axis(op):
         before = [shape(result)[-1] for result in op.results[: value.index]]
         count = shape(value)[-1]
         sizes = [size for size in before if isinstance(size, int)]
         if isinstance(count, int) and len(sizes) == len(before):
-            return Part(op.tensor("self"), sum(sizes), count)
+            return Part(op.tensor("self"), shape(op.tensor("self")), sum(sizes), count)
     return _one_of_pairs(value, op, name)
 
 
 def _one_of_pairs(value: OpResult, op: AtenOp, name: str) -> Part | None:
-    """view(x, [..., R / 2, 2])[..., i] is x[..., i::2]."""
+    """view(x, [..., R / 2, 2])[..., i] is view(x, [..., R])[..., i::2]."""
     if name == "select.int" and is_last_axis(op):
         index = op.argument("index")
     elif name == "unbind.int" and is_last_axis(op):
@@ -165,11 +166,10 @@ def _one_of_pairs(value: OpResult, op: AtenOp, name: str) -> Part | None:
     view = is_view(pairs)
     if view is None or shape(pairs)[-1] != 2:
         return None
-    base = view.operands[0]
     count = shape(value)[-1]
-    if shape(base)[:-1] != shape(pairs)[:-2] or not isinstance(count, int) or shape(base)[-1] != 2 * count:
+    if not isinstance(count, int):
         return None
-    return Part(base, index % 2, count, 2)
+    return Part(view.operands[0], (*shape(pairs)[:-2], 2 * count), index % 2, count, 2)
 
 
 def channel_vector(value: Value, of: Value) -> Value | None:

@@ -38,7 +38,7 @@ def raise_fused_attention(op: AtenOp, rewriter: Rewriter) -> bool:
     if problem:
         return rewriter.refuse(op, problem)
     scale = op.argument("scale")
-    build = Builder(rewriter)
+    build = Builder(rewriter.insert)
     mask = _rank_four(build, masks[0]) if masks else None
     if op.argument("is_causal"):
         mask = _causal_mask(build, query, key)
@@ -85,7 +85,7 @@ def raise_attention(op: AtenOp, rewriter: Rewriter) -> bool:
     problem = _misfit(query.type, (batch, key_heads, keys, width), shape(value), masks)
     if problem:
         return rewriter.refuse(op, problem)
-    build = Builder(rewriter)
+    build = Builder(rewriter.insert)
     mask = None
     for item in allowed:
         assert item.condition is not None
@@ -293,7 +293,7 @@ def merge_permutations(op: AtenOp, rewriter: Rewriter) -> bool:
     inner = made_by(op.tensor("self"), "permute.default", "transpose.int")
     if inner is None and permutation(op) != list(range(len(permutation(op)))):
         return False
-    rewriter.replace(op, Builder(rewriter).permute(op.tensor("self"), permutation(op)))
+    rewriter.replace(op, Builder(rewriter.insert).permute(op.tensor("self"), permutation(op)))
     return True
 
 

@@ -12,17 +12,20 @@ from dataclasses import dataclass
 
 from moec.dialects.aten import AtenOp
 from moec.dialects.nn import RotaryOp
-from moec.ir import Value
+from moec.ir import DimExpr, Value
 from moec.passes.building import Builder
 from moec.passes.matching import both_orders, is_last_axis, is_view, made_by, part, shape, tensor
 from moec.rewrite import Rewriter, rewrite
 
+Sizes = tuple[int | DimExpr, ...]
+
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Where the two channels of each pair lie: `width` channels of `base` from `start` on."""
+    """Where the two channels of each pair lie: `width` channels, from `start` on, of `base` seen with shape `sizes`."""
 
     base: Value
+    sizes: Sizes
     start: int
     width: int
     interleaved: bool
@@ -50,11 +53,11 @@ def raise_rotary_pairs(op: AtenOp, rewriter: Rewriter) -> bool:
     pairs = turn.pairs
     if interleaved and not pairs.interleaved:
         return rewriter.refuse(op, "it takes pairs from halves and gives them interleaved")
-    frame = _frame(pairs.base, turn.cos, turn.sin)
+    frame = _frame(pairs.sizes, turn.cos, turn.sin)
     if frame is None:
-        return rewriter.refuse(op, f"cos {turn.cos.type} and sin {turn.sin.type} do not fit x {pairs.base.type}")
-    build = Builder(rewriter)
-    x = build.channels(pairs.base, pairs.start, pairs.width)
+        return rewriter.refuse(op, f"cos {turn.cos.type} and sin {turn.sin.type} do not fit x {pairs.sizes}")
+    build = Builder(rewriter.insert)
+    x = build.channels(build.view(pairs.base, pairs.sizes), pairs.start, pairs.width)
     if pairs.interleaved and not interleaved:
         half = pairs.width // 2
         last = len(shape(x)) - 1
@@ -64,7 +67,7 @@ def raise_rotary_pairs(op: AtenOp, rewriter: Rewriter) -> bool:
         cos, sin = build.repeat_channels(cos), build.repeat_channels(sin)
     else:
         cos, sin = build.concat([cos, cos], 2), build.concat([sin, sin], 2)
-    rewriter.replace(op, frame.rotate(build, x, cos, sin, interleaved))
+    rewriter.replace(op, build.view(frame.rotate(build, x, cos, sin, interleaved), shape(op.result)))
     return True
 
 
@@ -82,12 +85,12 @@ def raise_rotary(op: AtenOp, rewriter: Rewriter) -> bool:
             if pairs is None:
                 continue
             for x, cos in both_orders(plain):
-                if x is not pairs.base or pairs.start or pairs.width != shape(x)[-1]:
+                if x is not pairs.base or pairs.sizes != shape(x) or pairs.start or pairs.width != shape(x)[-1]:
                     continue
-                frame = _frame(x, cos, sin)
+                frame = _frame(shape(x), cos, sin)
                 if frame is None or tensor(op.result) != tensor(x):
                     return rewriter.refuse(op, f"cos {cos.type} and sin {sin.type} do not fit x {x.type}")
-                build = Builder(rewriter)
+                build = Builder(rewriter.insert)
                 angles = [frame.angles(build, value) for value in (cos, sin)]
                 rewriter.replace(op, frame.rotate(build, x, angles[0], angles[1], pairs.interleaved))
                 return True
@@ -106,7 +109,7 @@ def widen_partial_rotary(op: AtenOp, rewriter: Rewriter) -> bool:
         return False
     head = part(rotary.x)
     rotated = shape(rotary.x)[-1]
-    if head is None or head.base is not rest.base or head.start != 0 or rest.start != rotated:
+    if head is None or (head.base, head.sizes) != (rest.base, rest.sizes) or head.start != 0 or rest.start != rotated:
         return False
     if head.step != 1 or rest.step != 1 or tensor(rest.base) != tensor(op.result):
         return False
@@ -126,7 +129,7 @@ def _joined(value: Value) -> tuple[Value, Value, bool] | None:
     if view is None:
         return None
     pairs = view.operands[0]
-    if shape(pairs)[-1:] != (2,) or shape(pairs)[:-2] != shape(value)[:-1]:
+    if shape(pairs)[-1:] != (2,):
         return None
     stack = made_by(pairs, "stack.default")
     if stack is not None and stack.argument("dim") in (-1, len(shape(pairs)) - 1):
@@ -143,6 +146,8 @@ def _joined(value: Value) -> tuple[Value, Value, bool] | None:
 def _rotated(value: Value) -> _Pairs | None:
     """The pairs of which `value` holds (-second, first)."""
     joined = _joined(value)
+    if joined is not None and joined[2] and shape(joined[0])[:-1] != shape(value)[:-1]:
+        return None
     negated = made_by(joined[0], "neg.default") if joined is not None else None
     if joined is None or negated is None:
         return None
@@ -152,12 +157,14 @@ def _rotated(value: Value) -> _Pairs | None:
 
 def _pairs(first: Value, second: Value) -> _Pairs | None:
     one, other = part(first), part(second)
-    if one is None or other is None or one.base is not other.base or (one.count, one.step) != (other.count, other.step):
+    if one is None or other is None or (one.base, one.sizes) != (other.base, other.sizes):
+        return None
+    if (one.count, one.step) != (other.count, other.step):
         return None
     if one.step == 1 and other.start == one.start + one.count:
-        return _Pairs(one.base, one.start, 2 * one.count, False)
+        return _Pairs(one.base, one.sizes, one.start, 2 * one.count, False)
     if one.step == 2 and other.start == one.start + 1:
-        return _Pairs(one.base, one.start, 2 * one.count, True)
+        return _Pairs(one.base, one.sizes, one.start, 2 * one.count, True)
     return None
 
 
@@ -217,10 +224,10 @@ class _Frame:
         return build.permute(y, swapped) if self.heads_axis == 2 else y
 
 
-def _frame(x: Value, cos: Value, sin: Value) -> _Frame | None:
-    if tensor(cos) != tensor(sin) or tensor(cos).dtype is not tensor(x).dtype:
+def _frame(sizes: Sizes, cos: Value, sin: Value) -> _Frame | None:
+    if tensor(cos) != tensor(sin):
         return None
-    sizes, rank = shape(x), len(shape(x))
+    rank = len(sizes)
     angles = (1,) * (rank - len(shape(cos))) + shape(cos)
     if len(angles) != rank or angles[0] not in (1, sizes[0]):
         return None
