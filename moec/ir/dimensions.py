@@ -15,6 +15,12 @@ from typing import ClassVar
 Dim = "int | DimExpr"  # the type of one size; a string so that it reads the same in annotations
 
 
+# Sizes of real models have a few terms; a product of sums grows exponentially.
+MAX_TERMS = 1000
+MAX_NESTING = 50
+MAX_NAME = 100
+
+
 class DimExpr:
     """A symbolic size. Build it from `symbol("batch")` with `+ - * // %`; results that are constant come back as
     `int`."""
@@ -59,6 +65,8 @@ class DimExpr:
         return self * -1 + other
 
     def __mul__(self, other: int | DimExpr) -> int | DimExpr:
+        if isinstance(other, DimExpr) and len(self.terms) * len(other.terms) > MAX_TERMS:
+            raise ValueError(f"a size has more than {MAX_TERMS} terms")
         return _from_terms(
             [
                 (tuple(sorted((*left, *right), key=_atom_key)), a * b)
@@ -217,20 +225,26 @@ def _operand_text(value: int | DimExpr) -> str:
     return str(value) if simple else f"({value})"
 
 
-_DIM_TOKEN = re.compile(r"\s*(?:(\d+)|([A-Za-z_]\w*)|([-+*()]))")
+_DIM_TOKEN = re.compile(r"\s*(?:(\d+)|([A-Za-z_]\w*)|([-+*()]))", re.ASCII)
 
 
 @lru_cache(maxsize=4096)
 def parse_dim(text: str) -> int | DimExpr:
     """Reads the text form; raises ValueError where it is malformed."""
     tokens: list[str] = []
-    position = 0
-    while position < len(text.rstrip()):
+    position, depth, divisions = 0, 0, 0
+    text = text.rstrip()
+    while position < len(text):
         match = _DIM_TOKEN.match(text, position)
         if match is None:
-            raise ValueError(f"unexpected character {text[position]!r} in size {text!r}")
-        tokens.append(match.group().strip())
+            raise ValueError(f"unexpected character {text[position]!r} in size {text[:200]!r}")
+        token = match.group().strip()
+        tokens.append(token)
+        depth += (token == "(") - (token == ")")
+        divisions += token in ("floordiv", "mod")
         position = match.end()
+        if depth > MAX_NESTING or divisions > MAX_NESTING or len(tokens) > MAX_TERMS or len(token) > MAX_NAME:
+            raise ValueError(f"the size {text[:200]!r} is too complex")
     value, rest = _parse_sum(tokens, 0, text)
     if rest != len(tokens):
         raise ValueError(f"unexpected {tokens[rest]!r} in size {text!r}")

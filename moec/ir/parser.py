@@ -6,12 +6,13 @@ distinct text.
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import struct
 from bisect import bisect_right
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from moec.errors import UsageError
@@ -22,16 +23,22 @@ from moec.ir.operation import Block, Operation, Region, Value
 from moec.ir.types import DType, FunctionType, TensorType, Type
 
 MAX_DEPTH = 200
-_TYPE = r"(?:tensor|!moec\.tensor)<[^<>]*(?:<[^<>]*>)?[^<>]*>|complex<f32>"
+MAX_SIZE = 2**63 - 1
+MAX_INTEGER_DIGITS = 40
+_TYPE = r"(?:tensor|!moec\.tensor)<[^<>]*(?:<[^<>]*>[^<>]*)?>|complex<f32>"
+# Blanks and comments, then one token, the frequent kinds first. Every alternative takes time linear in what it reads,
+# and the last three take what is wrong: an unterminated string up to its line's end, any other character, the end.
 _TOKENS = re.compile(
-    rf"(?:\s+|//[^\n]*)|({_TYPE}"
+    r"(?:\s+|//[^\n]*)*([(){}\[\]<>,:=]|%[\w$.]+(?:\#\d+)?"
+    rf"|{_TYPE}"
+    r"|[A-Za-z_][\w$.]*"
+    r'|"[^"\\\n]*"|"(?:[^"\\\n]|\\.)*"'
     r'|#moec\.dim<[^<>]*>|#moec\.dense<"[0-9A-Fa-f]*">'
-    r'|"(?:[^"\\\n]|\\.)*"'
-    r"|%[\w$.]+(?:\#\d+)?|\^\w+|@[\w$.]+|@\"[^\"\n]*\"|[\#!][A-Za-z_][\w$.]*"
-    r"|-?\d+\.\d*(?:[eE][-+]?\d+)?|0x[0-9A-Fa-f]+|-?\d+|->|[A-Za-z_][\w$.]*|[(){}\[\]<>,:=])"
-    r"|(.)",
-    re.DOTALL,
+    r"|-?\d+\.\d*(?:[eE][-+]?\d+)?|0x[0-9A-Fa-f]+|-?\d+|->|\^\w+|@[\w$.]+|@\"[^\"\n]*\"|[\#!][A-Za-z_][\w$.]*"
+    r'|"[^\n]*\n|\S|\Z)',
+    re.DOTALL | re.ASCII,
 )
+_PUNCTUATION = frozenset("(){}[]<>,:=")
 _DTYPES = {dtype.value: dtype for dtype in DType}
 _ESCAPE = re.compile(r'\\([0-9A-Fa-f]{2}|[nt"\\])')
 
@@ -51,9 +58,16 @@ def parse_module(text: str, file: str = "") -> Operation:
     Raises:
         ParseError: malformed text, an undefined value, or types that contradict each other.
     """
-    parser = _Parser(text, file)
-    op = parser.parse_op()
-    parser.finish()
+    collecting = gc.isenabled()
+    # The graph is full of cycles and all of it stays: the collector would only walk it again and again as it grows.
+    gc.disable()
+    try:
+        parser = _Parser(text, file)
+        op = parser.parse_op()
+        parser.finish()
+    finally:
+        if collecting:
+            gc.enable()
     return op
 
 
@@ -78,47 +92,57 @@ def parse_tensor_type(text: str) -> TensorType:
         element = match.group(2)
     if element.strip() not in _DTYPES:
         raise ValueError(f"unknown element type {element!r} in {text}")
-    if any(isinstance(size, int) and size < 0 for size in shape):
-        raise ValueError(f"negative size in {text}")
+    if not all(0 <= size <= MAX_SIZE for size in shape if isinstance(size, int)):
+        raise ValueError(f"a size is not within 0..2**63-1 in {text[:200]}")
     return TensorType(tuple(shape), _DTYPES[element.strip()])
+
+
+def _is_wrong(token: str) -> bool:
+    """Whether the token is one of the last alternatives of the lexer."""
+    if len(token) == 1:
+        return not (token in _PUNCTUATION or token.isalnum() or token == "_")
+    return token.endswith("\n")
 
 
 class _Parser:
     def __init__(self, text: str, file: str) -> None:
-        self.text, self.file = text, file
-        self.tokens: list[str] = []
-        self.starts: list[int] = []
-        self.line_starts: list[int] = []
-        for match in _TOKENS.finditer(text):
-            token = match.group(1)
-            if token is not None:
-                self.tokens.append(token)
-                self.starts.append(match.start())
-            elif match.group(2) is not None:
-                self.starts.append(match.start())
-                self.at = len(self.tokens)
-                raise self.error(f"unexpected character {match.group(2)!r}")
-        self.tokens.append("")
-        self.starts.append(len(text))
+        # the line end makes an unterminated string the only token that ends in one
+        self.text, self.file = f"{text}\n", file
+        self.tokens: list[str] = _TOKENS.findall(self.text)
+        while len(self.tokens) > 1 and not self.tokens[-2]:
+            self.tokens.pop()
         self.at = 0
         self.depth = 0
         self.scopes: list[dict[str, Value]] = [{}]
         self.forward: list[dict[str, tuple[Value, int]]] = [{}]
+        wrong = {token for token in set(self.tokens) if _is_wrong(token)}
+        if wrong:
+            at = next(at for at, token in enumerate(self.tokens) if token in wrong)
+            token = self.tokens[at]
+            raise self.error("unterminated string" if token[0] == '"' else f"unexpected character {token!r}", at)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each token starts; needed for locations and errors alone."""
+        return [match.start(1) for match in _TOKENS.finditer(self.text)]
+
+    @cached_property
+    def line_starts(self) -> list[int]:
+        return [0, *[match.end() for match in re.finditer(r"\n", self.text[:-1])]]
 
     # -- errors and tokens --------------------
 
     def error(self, message: str, at: int | None = None) -> ParseError:
         line, column = self.position(self.at if at is None else at)
-        shown = self.text[self.line_starts[line - 1] :].partition("\n")[0]
-        start = max(0, column - 60)
-        piece = shown[start : start + 120]
-        return ParseError(message, where=f"{self.file or '<text>'}:{line}:{column}: {piece.strip()}")
+        start = self.line_starts[line - 1]
+        shown = self.text[start : self.text.index("\n", start)]
+        piece = shown[max(0, column - 60) : column + 60]
+        error = ParseError(message, where=f"{self.file or '<text>'}:{line}:{column}: {piece.strip()}")
+        error.line, error.column = line, column
+        return error
 
     def position(self, at: int) -> tuple[int, int]:
-        """Line and column, from 1, of a token."""
-        if not self.line_starts:
-            self.line_starts = [0, *[match.end() for match in re.finditer(r"\n", self.text)]]
-        offset = self.starts[at]
+        offset = min(self.starts[at], len(self.text) - 1)
         line = bisect_right(self.line_starts, offset)
         return line, offset - self.line_starts[line - 1] + 1
 
@@ -166,9 +190,7 @@ class _Parser:
             count = 1
             if self.take(":"):
                 digits = self.next()
-                if not digits.isdigit() or not 0 < int(digits) <= 1_000_000:
-                    raise self.error("expected a number of results", self.at - 1)
-                count = int(digits)
+                count = self.count(digits, "a number of results")
             names.append((name, count, at))
             if not self.take(","):
                 self.expect("=")
@@ -307,9 +329,11 @@ class _Parser:
                 raise self.error(str(error), self.at - 1) from None
         if token == "(":
             self.at -= 1
+            self.enter()
             inputs = self.type_list()
             self.expect("->")
             results = self.type_list() if self.tokens[self.at] == "(" else [self.parse_type()]
+            self.depth -= 1
             return FunctionType(tuple(inputs), tuple(results))
         raise self.error(f"unknown type {token!r}", self.at - 1)
 
@@ -361,23 +385,34 @@ class _Parser:
             return self.dialect_attribute(token, at)
         raise self.error(f"unexpected {token!r} where an attribute stands", at)
 
+    def count(self, digits: str, what: str) -> int:
+        """The token just taken as a small number."""
+        if not digits.isdigit() or len(digits) > 9:
+            raise self.error(f"expected {what}", self.at - 1)
+        return int(digits)
+
     def number(self, token: str, at: int) -> int | float:
         if self.take(":"):
             kind = self.next()
             if kind == "f64" and token.startswith("0x"):
-                return float(struct.unpack("<d", struct.pack("<Q", int(token, 16) & (2**64 - 1)))[0])
-            if kind in ("f64", "f32"):
-                return float(token)
+                if len(token) > 18:
+                    raise self.error("the bits are too many for f64", at)
+                return float(struct.unpack("<d", int(token, 16).to_bytes(8, "little"))[0])
+            if kind == "f64":
+                return self.float_of(token, at)
             if kind != "i64":
                 raise self.error(f"numbers are i64 or f64, not {kind}", self.at - 1)
         if "." in token:
-            value = float(token)
-            if math.isinf(value):
-                raise self.error("the number is too large for f64", at)
-            return value
-        if len(token) > 40:
+            return self.float_of(token, at)
+        if len(token) > MAX_INTEGER_DIGITS:
             raise self.error("the integer is too large", at)
         return int(token, 16) if token.startswith("0x") else int(token)
+
+    def float_of(self, token: str, at: int) -> float:
+        value = math.inf if token.startswith("0x") else float(token)
+        if math.isinf(value):
+            raise self.error("the number is too large for f64", at)
+        return value
 
     def dialect_attribute(self, token: str, at: int) -> Any:
         if token.startswith("#moec.dim<"):
@@ -446,9 +481,7 @@ class _Parser:
         for _ in range(2):
             self.expect(":")
             digits = self.next()
-            if not digits.isdigit():
-                raise self.error("expected a line or column", self.at - 1)
-            numbers.append(int(digits))
+            numbers.append(self.count(digits, "a line or column"))
         return Location(name, file, numbers[0], numbers[1])
 
     def string(self, token: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from moec.dialects import aten
 from moec.dialects.builtin import FuncOp, ModuleOp, WeightOp
 from moec.dialects.moe import ExpertClass, ExpertsOp, Normalize, RouteOp, Routing, YieldOp
-from moec.dialects.nn import TOKENS
-from moec.ir import Block, DType, Region, TensorType, Value, symbol
+from moec.dialects.nn import TOKENS, RMSNormOp
+from moec.ir import Block, DType, Location, Operation, Region, TensorType, Value, symbol
 
 HIDDEN, WIDTH, EXPERTS = 64, 48, 8
+BATCH_SEQ = (symbol("batch"), symbol("seq"))
 TOKEN_COUNT = symbol("batch") * symbol("seq")
 
 
@@ -60,3 +61,43 @@ def moe_module() -> ModuleOp:
         function.body.append(op)
     function.finish([experts.y], ["y"])
     return ModuleOp.build([function])
+
+
+def append_layer(block: Block, x: Value, scope: str) -> Value:
+    """x [batch, seq, 64] + the experts of rms_norm(x): 16 operations, 6 of them in the body of the experts."""
+    location = Location(name=scope, file="modeling.py", line=7, column=1)
+
+    def append(op: Operation) -> Operation:
+        op.location = location
+        block.append(op)
+        return op
+
+    def weight(name: str, source: str, *shape: int) -> Value:
+        op = WeightOp(result_types=[f32(*shape)], weight_name=f"{scope}.{name}", source=source)
+        return append(op).result
+
+    norm = weight("norm", f"{scope}.norm", HIDDEN)
+    router = weight("router", f"{scope}.router.weight", EXPERTS, HIDDEN)
+    gate_up = weight("gate_up", f"stack(0, {scope}.experts.{{0:8}}.gate_up)", EXPERTS, 2 * WIDTH, HIDDEN)
+    down = weight("down", f"stack(0, {scope}.experts.{{0:8}}.down)", EXPERTS, HIDDEN, WIDTH)
+    normed = append(RMSNormOp(x, norm, epsilon=1e-6)).result
+    rows = append(
+        aten.build("view.default", {"self": normed}, (f32(TOKEN_COUNT, HIDDEN),), size=(TOKEN_COUNT, HIDDEN))
+    ).result
+    logits = append(aten.build("linear.default", {"input": rows, "weight": router}, (f32(TOKEN_COUNT, EXPERTS),)))
+    route = RouteOp(logits.result, routing=Routing(k=2, normalize=Normalize.SUM))
+    append(route)
+    experts = append(
+        ExpertsOp(
+            rows,
+            route.ids,
+            route.gates,
+            [gate_up, down],
+            regions=[swiglu_body()],
+            stored=tuple(range(EXPERTS)),
+            classes=(ExpertClass(tuple(range(EXPERTS)), 2),),
+        )
+    )
+    shape = (*BATCH_SEQ, HIDDEN)
+    back = append(aten.build("view.default", {"self": experts.result}, (f32(*shape),), size=shape)).result
+    return append(aten.build("add.Tensor", {"self": x, "other": back}, (f32(*shape),))).result
