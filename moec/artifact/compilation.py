@@ -31,6 +31,7 @@ from moec.artifact.measurements import (
     this_machine,
 )
 from moec.artifact.memory import MemoryWatch
+from moec.artifact.opened import MODULE_FILE, ONNX_FOLDER
 from moec.artifact.options import CompileOptions, OutputDType
 from moec.artifact.plan import plan_compilation
 from moec.artifact.record import write_record
@@ -55,8 +56,6 @@ from moec.pipeline.base import Claim
 from moec.pipeline.instruments import Instrument
 from moec.pipeline.manager import PassManager, Pipeline, PipelineReport
 
-MODULE_FILE = "module.mlir"
-ONNX_FOLDER = "onnx"
 COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -102,7 +101,7 @@ def compile_folder(
     `progress` is called with the name of each step. Raises every subclass of MoecError, each for its reason; the output
     folder does not exist then (or is the one that was there before).
     """
-    pipeline = Pipeline.parse(options.pipeline)
+    Pipeline.parse(options.pipeline)  # a mistake in it is reported before any work
     target = parse_target(options.target)
     with atomic_folder(output, replace=replace) as folder, MemoryWatch() as memory:
         watch = Stopwatch(memory)
@@ -116,6 +115,7 @@ def compile_folder(
         with step("load"):
             module = load_huggingface(source)
             original = _copy(module)
+            pipeline = Pipeline.parse(options.full_pipeline(decoder=module.source.kind == "decoder"))
             before = model_size(module)
         with step("passes"):
             recorder = LedgerRecorder(module, options.check, seed=options.seed, text=options.text)
@@ -135,7 +135,7 @@ def compile_folder(
         rows: list[VerificationRow] = []
         if options.verify:
             with step("verify"):
-                rows = _verify(module, original, folder, options)
+                rows = _verify(module, original, pipeline, folder, options)
         with step("digest"):
             manifest = _manifest(source, module, options, pipeline, recorder.entries, rows, folder)
             write_manifest(folder, manifest)
@@ -171,11 +171,13 @@ def _copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / name)
 
 
-def _verify(module: Module, original: Module, folder: Path, options: CompileOptions) -> list[VerificationRow]:
+def _verify(
+    module: Module, original: Module, pipeline: Pipeline, folder: Path, options: CompileOptions
+) -> list[VerificationRow]:
     batch = token_batch(module, rows=_ROWS, length=_LENGTH, text=options.text, seed=options.seed)
     ir = run_reference(module.op, module.weights, batch)
     rows: list[VerificationRow] = []
-    if all(step.instance.claim is Claim.EXACT for step in Pipeline.parse(options.pipeline).passes):
+    if all(step.instance.claim is Claim.EXACT for step in pipeline.passes):
         rows += compare_with_source(ir, run_reference(original.op, original.weights, batch), batch)
     path = folder / ONNX_FOLDER
     lean = sum(item.stat().st_size for item in path.iterdir()) > _LEAN_BYTES

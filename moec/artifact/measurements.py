@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -69,6 +70,11 @@ class LossRow(Record):
     tokens: int
     nats_per_token: float
     nats_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the nats per token."""
+        return math.exp(min(self.nats_per_token, 700.0))
 
 
 class SpeedRow(Record):

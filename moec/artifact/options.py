@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-DEFAULT_PIPELINE = "canonicalize,cse,dce,raise-nn,raise-moe,canonicalize,cse,dce"
+RAISING_PIPELINE = "canonicalize,cse,dce,expand-complex,raise-nn,raise-moe,canonicalize,cse,dce"
+"""Runs before the passes that a user names: they find norms, attention, routers and experts as single operations."""
+
+DECODER_PIPELINE = ""
+"""Runs after them on decoders: generation needs the cache."""
 
 
 class Check(Enum):
@@ -38,9 +42,12 @@ class OptimizeFor(Enum):
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """Everything that decides the bytes of an artifact besides its source. `pipeline` is pipeline text."""
+    """Everything that decides the bytes of an artifact besides its source.
 
-    pipeline: str = DEFAULT_PIPELINE
+    `pipeline` is pipeline text; its passes run between RAISING_PIPELINE and, for decoders, DECODER_PIPELINE.
+    """
+
+    pipeline: str = ""
     target: str = "portable"
     dtype: OutputDType = OutputDType.FLOAT32
     optimize_for: OptimizeFor = OptimizeFor.DECODE
@@ -50,3 +57,8 @@ class CompileOptions:
     verify: bool = True
     text: Path | None = None
     """Text for the checks and for the verification; None takes a passage that moec brings along."""
+
+    def full_pipeline(self, *, decoder: bool) -> str:
+        """The text of all passes that a compilation runs."""
+        parts = (RAISING_PIPELINE, self.pipeline, DECODER_PIPELINE if decoder else "")
+        return ",".join(part for part in parts if part)

@@ -8,22 +8,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from moec.artifact.ledger import CheckOutcome, LayerError, LedgerEntry, ModelSize, round_error
+from moec.artifact.measurement import LayerChange, measure_change
 from moec.artifact.measurements import PassTime
 from moec.artifact.options import Check
-from moec.artifact.probe import differing_expert, run_with_taps, same_experts
 from moec.artifact.summary import model_size
-from moec.artifact.tokens import TokenBatch, token_batch
+from moec.artifact.tokens import TokenBatch, function_inputs, token_batch
 from moec.dialects.builtin import ModuleOp
 from moec.errors import VerificationError
+from moec.module import Module
 from moec.pipeline.base import Claim
 from moec.pipeline.instruments import Instrument, PassExecution, fingerprint
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
-
-    from moec.module import Module
 
 EXACT_BOUND = 1e-9
 """Largest relative difference, in float64, that a pass which claims to be exact may cause."""
@@ -45,7 +42,6 @@ class LedgerRecorder(Instrument):
         self._print = ""
         self._before: ModuleOp | None = None
         self._size: ModelSize | None = None
-        self._values: dict[str, torch.Tensor] | None = None
         self._seconds = 0.0
 
     def before_pass(self, execution: PassExecution) -> None:
@@ -89,22 +85,16 @@ class LedgerRecorder(Instrument):
             return CheckOutcome.UNCHANGED, ()
         if self._batch is None or self._before is None:
             return CheckOutcome.NOT_CHECKED, ()
-        if self._values is None:
-            self._values = run_with_taps(self._before, self._module.weights, self._batch)
-        values = run_with_taps(self._module.op, self._module.weights, self._batch)
-        errors = list(_relative_errors(self._values, values))
-        self._values = values
+        before = Module(self._before, self._module.weights, self._module.source)
+        inputs = (function_inputs(before.main, self._batch), function_inputs(self._module.main, self._batch))
+        changes = measure_change(before, self._module, inputs, check=self._check)
         if execution.claim is Claim.LOSSY:
             return CheckOutcome.MEASURED, tuple(
-                LayerError(layer=name, relative_error=round_error(error)) for name, error in errors
+                LayerError(layer=change.layer, relative_error=round_error(change.relative_error)) for change in changes
             )
-        for name, error in errors:
-            if not error <= EXACT_BOUND:
-                raise _too_much(execution, name, error)
-        for before, after in same_experts(self._before, self._module.op):
-            found = differing_expert(before, after, self._module.weights, EXACT_BOUND, self._seed)
-            if found is not None:
-                raise _too_much(execution, f"expert {found.expert} of {found.layer}", found.error)
+        for change in changes:
+            if change.router_differences or not change.error <= EXACT_BOUND:
+                raise _too_much(execution, change)
         return CheckOutcome.WITHIN_BOUND, ()
 
     @contextmanager
@@ -114,21 +104,14 @@ class LedgerRecorder(Instrument):
         self._seconds += time.perf_counter() - start
 
 
-def _relative_errors(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> Iterator[tuple[str, float]]:
-    """(layer, largest difference relative to the largest value) of every value that both runs have."""
-    for name, reference in before.items():
-        value = after.get(name)
-        if value is None or value.shape != reference.shape:
-            continue
-        scale = float(reference.abs().max())
-        difference = float((value - reference).abs().max())
-        yield name, difference / scale if scale else difference
-
-
-def _too_much(execution: PassExecution, where: str, error: float) -> VerificationError:
+def _too_much(execution: PassExecution, change: LayerChange) -> VerificationError:
+    if change.router_differences:
+        what = f"the router of {change.layer} sends {change.router_differences} tokens to other experts"
+    else:
+        part = f"expert {change.worst_expert} of " if change.expert_error > change.relative_error else ""
+        what = f"{part}{change.layer} changes by {change.error:.2g} of its largest value (allowed: {EXACT_BOUND:g})"
     return VerificationError(
-        f"the pass {execution.text} claims to be exact, but it changes {where} by {error:.2g} of its largest value "
-        f"(allowed: {EXACT_BOUND:g})",
-        where=f"{execution.target}, {where}",
+        f"the pass {execution.text} claims to be exact, but {what}",
+        where=f"{execution.target}, {change.layer}",
         hint="let the pass claim `lossy`, or mend it",
     )

@@ -68,6 +68,11 @@ class OnnxModel:
             if (found := _PAST.match(name))
         )
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether the model takes past keys and values; one that does not sees only what it is fed at once."""
+        return bool(self._caches)
+
     def empty_cache(self, batch: int) -> Cache:
         """A cache that holds no tokens yet, for `batch` sequences."""
         return {

@@ -55,7 +55,7 @@ def layer_facts(module: Module) -> tuple[LayerFacts, ...]:
     names: dict[str, list[_Use]] = {}
     for use in _weight_uses(module):
         names.setdefault(layer_of(use.op.weight_name), []).append(use)
-    experts = {_layer_of_operands(op): op for op in module.op.walk() if isinstance(op, ExpertsOp)}
+    experts = {layer_of_experts(op): op for op in module.op.walk() if isinstance(op, ExpertsOp)}
     blocks = [op for op in module.op.walk() if isinstance(op, MLPOp)]
     dense = {id(weight) for op in blocks for weight in _weight_ops(op.weights)}
     facts = [_one_layer(module, name, uses, experts.get(name), dense) for name, uses in names.items() if name]
@@ -69,6 +69,11 @@ def layer_of(weight_name: str) -> str:
     """The layer that a weight belongs to, such as `model.layers.3`; empty for one that belongs to none."""
     found = _LAYER.match(weight_name)
     return found.group(1) if found else ""
+
+
+def layer_of_experts(op: ExpertsOp) -> str:
+    """The layer that an operation's first stack of weights belongs to; empty if it has none."""
+    return next((layer_of(weight.weight_name) for weight in _weight_ops(op.weights)), "")
 
 
 def describe_routing(routing: Routing) -> str:
@@ -189,10 +194,6 @@ def _weight_uses(module: Module) -> Iterator[_Use]:
 
 def _weight_ops(values: Sequence[Value]) -> list[WeightOp]:
     return [value.defining_op for value in values if isinstance(value.defining_op, WeightOp)]
-
-
-def _layer_of_operands(op: ExpertsOp) -> str:
-    return next((layer_of(weight.weight_name) for weight in _weight_ops(op.weights)), "")
 
 
 def _elements(weight: WeightOp) -> int:

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from moec.artifact.measurements import VerificationRow
 from moec.artifact.options import OutputDType
-from moec.artifact.probe import layer_of_experts
 from moec.artifact.runtime import OnnxModel
+from moec.artifact.summary import layer_of_experts
 from moec.artifact.tokens import TokenBatch, function_inputs
 from moec.dialects.builtin import ModuleOp
 from moec.dialects.moe import ExpertsOp, RouteOp
 from moec.errors import VerificationError
+from moec.reference.agreement import record_route
 from moec.reference.executor import Executor
 from moec.reference.frame import Observation
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 FLOAT32_BOUND = 1e-4
 FLOAT16_BOUND = 2e-2
-TIE_GAP = 1e-4
-"""Two choice values that differ by less than this share of the largest one are a tie."""
+TIE_MARGIN = 1e-4
+"""A choice of experts is a tie if it changes when values move by this share of the largest one: float32 rounding, grown
+by the layers before it."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,10 @@ def run_reference(module: ModuleOp, weights: WeightContext, batch: TokenBatch) -
     choices: list[LayerChoices] = []
     ties: dict[RouteOp, NDArray[np.bool_]] = {}
 
-    def note_ties(op: RouteOp, choice: torch.Tensor) -> None:
-        ties[op] = _ties(choice, op.routing.slots(op.experts))
-
     def tap(seen: Observation) -> None:
-        if not isinstance(seen.op, ExpertsOp) or seen.expert is not None:
+        if isinstance(seen.op, RouteOp):
+            ties[seen.op] = (record_route(seen).margin <= TIE_MARGIN).numpy()
+        if not isinstance(seen.op, ExpertsOp):
             return
         ids, gates = seen.operand(seen.op.ids).numpy(), seen.operand(seen.op.gates).numpy()
         chosen = np.where(gates != 0, np.asarray(seen.op.stored, np.int64)[ids], -1)
@@ -92,7 +93,7 @@ def run_reference(module: ModuleOp, weights: WeightContext, batch: TokenBatch) -
 
     with torch.no_grad():
         executor = Executor(module, weights)
-        results = executor.run(function_inputs(module.main, batch), observers=[tap], steering=note_ties)
+        results = executor.run(function_inputs(module.main, batch), observers=[tap])
     output = next(iter(results.values())).numpy().astype(np.float32)
     return ReferenceRun(output, tuple(choices))
 
@@ -138,16 +139,17 @@ def compare_artifact(
     if not model.is_decoder:
         return [_artifact_row("artifact against IR", model.encode(batch.ids, batch.mask), ir, batch, bound)]
     whole, _ = model.step(batch.ids, batch.mask, model.empty_cache(len(batch.ids)))
+    rows = [_artifact_row("artifact against IR", whole, ir, batch, bound)]
+    if not model.has_cache:
+        return rows
     half = batch.ids.shape[1] // 2
     logits, cache = model.step(batch.ids[:, :half], batch.mask[:, :half], model.empty_cache(len(batch.ids)))
     parts = [logits]
     for position in range(half, batch.ids.shape[1]):
         logits, cache = model.step(batch.ids[:, position : position + 1], batch.mask[:, : position + 1], cache)
         parts.append(logits)
-    return [
-        _artifact_row("artifact against IR", whole, ir, batch, bound),
-        _artifact_row("artifact through its cache against IR", np.concatenate(parts, axis=1), ir, batch, bound),
-    ]
+    through_cache = np.concatenate(parts, axis=1)
+    return [*rows, _artifact_row("artifact through its cache against IR", through_cache, ir, batch, bound)]
 
 
 def require_rows(rows: list[VerificationRow]) -> None:
@@ -185,12 +187,3 @@ def _row(name: str, difference: float, bound: float, ties: int, kept: NDArray[np
     return VerificationRow(
         comparison=name, relative_difference=difference, bound=bound, ties=ties, tokens=int(kept.sum())
     )
-
-
-def _ties(choice: torch.Tensor, slots: int) -> NDArray[np.bool_]:
-    """[tokens]: whether the value of the last chosen expert and the next one are within TIE_GAP."""
-    if slots >= choice.shape[1]:
-        return np.zeros(len(choice), bool)
-    best = choice.topk(slots + 1, dim=1).values
-    finite = torch.where(choice.isfinite(), choice.abs(), 0.0).amax(dim=1)
-    return ((best[:, -2] - best[:, -1]) <= TIE_GAP * finite).numpy()

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated
@@ -15,6 +16,8 @@ import typer
 
 from moec import __version__
 from moec.cli.compile import compile_command
+from moec.cli.eval import evaluate
+from moec.cli.inspect import inspect
 from moec.cli.opt import opt
 from moec.cli.passes import passes
 from moec.cli.plan import plan
@@ -66,6 +69,8 @@ def moec(
 app.command("compile")(compile_command)
 app.command()(plan)
 app.command()(opt)
+app.command()(inspect)
+app.command("eval")(evaluate)
 app.command()(run)
 app.command()(passes)
 
@@ -77,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in options
     line = [word for word in options if word != "--debug"] + line[len(options) :]
     signal.signal(signal.SIGTERM, _interrupt)
+    if not debug:
+        # torch warns its own developers from deep inside an export; users can do nothing about it.
+        warnings.simplefilter("ignore", FutureWarning)
     try:
         code = _run(line, debug)
         sys.stdout.flush()

@@ -7,7 +7,7 @@ import json
 
 import typer
 
-from moec.artifact.options import DEFAULT_PIPELINE, Check, CompileOptions, OptimizeFor, OutputDType
+from moec.artifact.options import Check, CompileOptions, OptimizeFor, OutputDType
 from moec.cli.common import (
     CheckOption,
     DTypeOption,
@@ -24,7 +24,7 @@ from moec.cli.common import (
 
 def plan(
     source: SourceArgument,
-    pipeline: PipelineOption = DEFAULT_PIPELINE,
+    pipeline: PipelineOption = "",
     target: TargetOption = "portable",
     dtype: DTypeOption = OutputDType.FLOAT32,
     optimize_for: OptimizeForOption = OptimizeFor.DECODE,
