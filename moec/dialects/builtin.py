@@ -20,6 +20,8 @@ from moec.ir.verifier import VerifyError
 class ModuleOp(Op, name="builtin.module", regions=1, open_attributes=True):
     """Holds functions. Its attributes are facts of the source model that survive in the text."""
 
+    property_names = frozenset({"sym_name", "sym_visibility"})
+
     @classmethod
     def build(cls, ops: Sequence[Operation] = ()) -> Self:
         return cls(regions=[Region(Block(ops=ops))], result_types=[])
@@ -51,6 +53,7 @@ class ModuleOp(Op, name="builtin.module", regions=1, open_attributes=True):
 class FuncOp(Op, name="func.func", regions=1, open_attributes=True):
     """A function. `arg_names` and `result_names` are the names that an artifact shows to its users."""
 
+    property_names = frozenset({"sym_name", "function_type"})
     sym_name = Attr(str)
     function_type = Attr(FunctionType)
     arg_names = Attr(tuple, ())

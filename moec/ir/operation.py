@@ -90,6 +90,9 @@ class Operation:
     # all its operations
     registry: ClassVar[dict[str, type[Operation]]] = {}
     open_dialects: ClassVar[dict[str, type[Operation]]] = {}
+    # attributes that the text puts into `<{...}>`; None for all. MLIR drops those that its own operations do not know,
+    # so the others stand in `{...}` behind the regions.
+    property_names: ClassVar[frozenset[str] | None] = None
     pure: ClassVar[bool] = False
     terminator: ClassVar[bool] = False
 

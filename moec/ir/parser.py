@@ -267,6 +267,8 @@ class _Parser:
                         raise self.error("expected a block argument", at)
                     self.expect(":")
                     self.define(name, block.add_argument(self.parse_type()), at)
+                    if self.tokens[self.at] == "loc":
+                        self.parse_location()  # as mlir-opt writes it; arguments have no location here
                     if not self.take(","):
                         self.expect(")")
                         break

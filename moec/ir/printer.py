@@ -55,10 +55,16 @@ class _Printer:
                 out.append(f"{name}:{len(results)} = ")
         operands = ", ".join([names.get(value) or self._outer_name(value) for value in op._operands])
         out.append(f'"{op.name}"({operands})')
-        if op.attributes:
-            out.append(f" <{{{attributes_text(op.attributes)}}}>")
+        properties, others = op.attributes, {}
+        if op.property_names is not None:
+            properties = {key: value for key, value in op.attributes.items() if key in op.property_names}
+            others = {key: value for key, value in op.attributes.items() if key not in op.property_names}
+        if properties:
+            out.append(f" <{{{attributes_text(properties)}}}>")
         if op.regions:
             self._print_regions(op, indent)
+        if others:
+            out.append(f" {{{attributes_text(others)}}}")
         types = [result.type for result in results]
         out.append(f" : ({', '.join([str(value.type) for value in op._operands])}) -> {result_types_text(types)}")
         if self.locations and op.location is not UNKNOWN and op.location != UNKNOWN:
