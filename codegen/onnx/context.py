@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.external_data import FileRange, StoredTensor
 from moec.codegen.onnx.graph import GraphBuilder
 from moec.codegen.onnx.targets import Target
@@ -21,6 +23,10 @@ from moec.ir.types import DType, TensorType
 from moec.weights.context import WeightContext
 from moec.weights.expression import Cast, Expression, Transpose
 from moec.weights.expression_parser import parse_expression
+
+if TYPE_CHECKING:
+    from moec.codegen.onnx.fallback_function import FallbackForm
+    from moec.codegen.onnx.lower_moe import LayerLowering
 
 NUMPY_DTYPES = {
     DType.F64: np.float64,
@@ -44,6 +50,10 @@ class EmitOptions:
     target: Target
     dtype: DType = DType.F32
     weights_in_place: bool = False
+    # expected tokens in one run, for which a lowering is chosen
+    tokens: int = 1
+    # one lowering for all layers, whatever the cost model says
+    lowering: Lowering | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,11 @@ class Context:
     sizes: dict[str, ir.Value] = field(default_factory=dict)
     # weights that an embedding reads row by row; a linear layer of the same weight must not store it again, transposed
     gathered: frozenset[str] = frozenset()
+
+    # shared by all contexts of a file: how each layer was lowered, and the functions that the file needs
+    lowerings: list[LayerLowering] = field(default_factory=list)
+    fallbacks: list[FallbackForm] = field(default_factory=list)
+    functions: dict[str, ir.Function] = field(default_factory=dict)
 
     def nested(self, sizes: dict[str, ir.Value]) -> Context:
         """A context for a region: its own values, more sizes, the same graph and weights."""

@@ -9,10 +9,14 @@ import onnx
 import onnx_ir as ir
 
 import moec
+from moec.artifact.options import OptimizeFor
 from moec.codegen.onnx import aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn
 from moec.codegen.onnx.context import Context, EmitOptions, tensor_of
+from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.external_data import Placement, StoredTensor, hard_link, lay_out, write_tensors
+from moec.codegen.onnx.fallback_function import fallback_function
 from moec.codegen.onnx.graph import ONNX_DTYPES, GraphBuilder
+from moec.codegen.onnx.lower_moe import LayerLowering
 from moec.codegen.onnx.registry import emit_block
 from moec.codegen.onnx.targets import Target
 from moec.dialects.aten import AtenOp
@@ -26,6 +30,8 @@ DATA_FILE = "model.onnx.data"
 
 # imported for the emissions that they register
 _EMISSION_MODULES = (aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn)
+
+_EXPECTED_TOKENS = {OptimizeFor.DECODE: 1, OptimizeFor.PREFILL: 512}
 
 _SIZE_NAMES: dict[DimExpr | int, str] = {
     symbol("batch"): "batch_size",
@@ -53,6 +59,7 @@ class OnnxReport:
     ir_version: int
     node_count: int
     files: tuple[EmittedFile, ...]
+    layers: tuple[LayerLowering, ...]
 
 
 def emit_onnx(
@@ -62,15 +69,23 @@ def emit_onnx(
     target: Target = Target.PORTABLE,
     dtype: DType = DType.F32,
     weights_in_place: bool = False,
+    optimize_for: OptimizeFor = OptimizeFor.DECODE,
+    lowering: Lowering | None = None,
 ) -> OnnxReport:
     """Writes `model.onnx` and `model.onnx.data` into `folder`.
 
-    `dtype` is how matrices are stored, float32 or float16; arithmetic is float32. Raises UnsupportedModelError for an
-    operation without ONNX form or a weight that float16 cannot hold, ResourceError where the files cannot be written.
+    `dtype` is how matrices are stored, float32 or float16; arithmetic is float32. `optimize_for` and the sizes of a
+    layer decide how its experts are lowered, unless `lowering` names one form for all. `weights_in_place` stores no
+    weight that lies in the checkpoint as it is needed, but links the checkpoint's files.
+
+    Raises UnsupportedModelError for an operation without ONNX form or a weight that float16 cannot hold, ResourceError
+    where the files cannot be written.
     """
     profile = target.profile
     builder = GraphBuilder(profile.opset)
-    context = Context(builder, module.weights, EmitOptions(target, dtype, weights_in_place))
+    context = Context(
+        builder, module.weights, EmitOptions(target, dtype, weights_in_place, _EXPECTED_TOKENS[optimize_for], lowering)
+    )
     emit_function(context, module.main)
     folder.mkdir(parents=True, exist_ok=True)
     placements, data = _store(builder.stored, folder)
@@ -81,7 +96,7 @@ def emit_onnx(
     if not profile.contrib:
         onnx.checker.check_model(str(folder / MODEL_FILE))
     files = (EmittedFile(MODEL_FILE, len(payload)), *data)
-    return OnnxReport(target, profile.opset, profile.ir_version, len(builder.nodes), files)
+    return OnnxReport(target, profile.opset, profile.ir_version, len(builder.nodes), files, tuple(context.lowerings))
 
 
 def emit_function(context: Context, function: FuncOp) -> None:
@@ -159,4 +174,12 @@ def _model(context: Context, placements: dict[str, Placement], folder: Path) -> 
         opset_imports=opsets,
         name="main",
     )
-    return ir.Model(graph, ir_version=profile.ir_version, producer_name="moec", producer_version=moec.__version__)
+    functions = [context.functions[name] for name in sorted(context.functions)]
+    functions += [fallback_function(profile.opset, form) for form in dict.fromkeys(context.fallbacks)]
+    return ir.Model(
+        graph,
+        ir_version=profile.ir_version,
+        producer_name="moec",
+        producer_version=moec.__version__,
+        functions=functions,
+    )

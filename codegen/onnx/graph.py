@@ -165,6 +165,8 @@ class GraphBuilder:
         self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
     ) -> tuple[ir.Value, ...]:
         """One node with several results. A node equal to an earlier one of the same graph is not made again."""
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
         given = {key: value for key, value in attributes.items() if value is not None}
         key = _memo_key(op_type, domain, inputs, outputs, given)
         if key is not None and key in self._memo:
