@@ -1,0 +1,50 @@
+"""Runs a command and watches how much anonymous memory its processes hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+INTERVAL = 0.1
+
+
+@dataclass(frozen=True)
+class WatchedRun:
+    """What a command printed, how it ended, its wall-clock seconds, and the most anonymous bytes it held."""
+
+    output: str
+    exit_code: int
+    seconds: float
+    peak_bytes: int
+
+
+def run_moec(arguments: list[str], log: Path) -> WatchedRun:
+    """Runs `moec` with `arguments` in a process of its own; both of its outputs go through the file `log`."""
+    start, peak = time.monotonic(), 0
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen([sys.executable, "-m", "moec", *arguments], stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peak = max(peak, _anonymous_bytes(process.pid))
+            time.sleep(INTERVAL)
+    return WatchedRun(log.read_text(encoding="utf-8"), process.returncode, time.monotonic() - start, peak)
+
+
+def _anonymous_bytes(process_id: int) -> int:
+    """RssAnon of a process and its children, in bytes; 0 for one that has just ended."""
+    try:
+        family = [psutil.Process(process_id), *psutil.Process(process_id).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    total = 0
+    for member in family:
+        try:
+            status = Path(f"/proc/{member.pid}/status").read_text(encoding="ascii")
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
+    return total
