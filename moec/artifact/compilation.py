@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import moec
+from moec.artifact.emission import COPIED_FILES, emit_folder
 from moec.artifact.folder import atomic_folder
 from moec.artifact.ledger import LedgerEntry
 from moec.artifact.manifest import (
@@ -31,47 +31,23 @@ from moec.artifact.measurements import (
     this_machine,
 )
 from moec.artifact.memory import MemoryWatch
-from moec.artifact.opened import MODULE_FILE, ONNX_FOLDER
-from moec.artifact.options import CompileOptions, OutputDType
+from moec.artifact.opened import MODEL_FILE, MODULE_FILE, ONNX_FOLDER
+from moec.artifact.options import CompileOptions
 from moec.artifact.plan import plan_compilation
 from moec.artifact.record import write_record
 from moec.artifact.recorder import LedgerRecorder
 from moec.artifact.report import Report, write_report
 from moec.artifact.summary import active_parameters, layer_facts, model_size
-from moec.artifact.tokens import token_batch
-from moec.artifact.verification import (
-    bound_for,
-    compare_artifact,
-    compare_with_source,
-    require_rows,
-    run_reference,
-)
-from moec.codegen.onnx.emit import emit_onnx
+from moec.artifact.verification import bound_for, verification_batch, verify_model
 from moec.codegen.onnx.targets import parse_target
 from moec.dialects.builtin import ModuleOp
 from moec.frontend.huggingface import load_huggingface
-from moec.ir import DType
 from moec.module import Module
 from moec.pipeline.base import Claim
 from moec.pipeline.instruments import Instrument
 from moec.pipeline.manager import PassManager, Pipeline, PipelineReport
 
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "config.json",
-)
 _VERSIONED = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "numpy")
-_LEAN_BYTES = 512 << 20
-_ROWS, _LENGTH = 2, 32
 
 
 @dataclass(frozen=True)
@@ -102,7 +78,7 @@ def compile_folder(
     folder does not exist then (or is the one that was there before).
     """
     Pipeline.parse(options.pipeline)  # a mistake in it is reported before any work
-    target = parse_target(options.target)
+    parse_target(options.target)
     with atomic_folder(output, replace=replace) as folder, MemoryWatch() as memory:
         watch = Stopwatch(memory)
 
@@ -124,18 +100,25 @@ def compile_folder(
         with step("write IR"):
             (folder / MODULE_FILE).write_text(module.print() + "\n", encoding="utf-8")
         with step("emit ONNX"):
-            emit_onnx(
+            emit_folder(
                 module,
                 folder / ONNX_FOLDER,
-                target=target,
-                dtype=DType.F32 if options.dtype is OutputDType.FLOAT32 else DType.F16,
+                target=options.target,
+                dtype=options.dtype,
+                optimize_for=options.optimize_for,
                 weights_in_place=options.weights_in_place,
             )
-            _copy_companions(source, folder / ONNX_FOLDER)
         rows: list[VerificationRow] = []
         if options.verify:
             with step("verify"):
-                rows = _verify(module, original, pipeline, folder, options)
+                rows = verify_model(
+                    folder / ONNX_FOLDER / MODEL_FILE,
+                    module,
+                    original,
+                    exact=is_exact(pipeline),
+                    batch=verification_batch(module, text=options.text, seed=options.seed),
+                    dtype=options.dtype,
+                )
         with step("digest"):
             manifest = _manifest(source, module, options, pipeline, recorder.entries, rows, folder)
             write_manifest(folder, manifest)
@@ -161,29 +144,6 @@ def _copy(module: Module) -> Module:
     clone = module.op.clone()
     assert isinstance(clone, ModuleOp)
     return Module(clone, module.weights, module.source)
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, chat template and generation config as they are; nothing in them is run or rendered."""
-    for name in COPIED_FILES:
-        path = source / name
-        if path.is_file() and not (folder / name).exists():
-            shutil.copyfile(path, folder / name)
-
-
-def _verify(
-    module: Module, original: Module, pipeline: Pipeline, folder: Path, options: CompileOptions
-) -> list[VerificationRow]:
-    batch = token_batch(module, rows=_ROWS, length=_LENGTH, text=options.text, seed=options.seed)
-    ir = run_reference(module.op, module.weights, batch)
-    rows: list[VerificationRow] = []
-    if all(step.instance.claim is Claim.EXACT for step in pipeline.passes):
-        rows += compare_with_source(ir, run_reference(original.op, original.weights, batch), batch)
-    path = folder / ONNX_FOLDER
-    lean = sum(item.stat().st_size for item in path.iterdir()) > _LEAN_BYTES
-    rows += compare_artifact(path / "model.onnx", ir, batch, bound_for(options.dtype), lean=lean)
-    require_rows(rows)
-    return rows
 
 
 def _manifest(
@@ -221,6 +181,11 @@ def _manifest(
         ),
         files=describe_files(folder),
     )
+
+
+def is_exact(pipeline: Pipeline) -> bool:
+    """Whether all passes claim to preserve the function, so that the result can be compared with the source."""
+    return all(step.instance.claim is Claim.EXACT for step in pipeline.passes)
 
 
 def source_files(source: Path) -> dict[str, FileRecord]:

@@ -9,7 +9,7 @@ from pathlib import Path
 RAISING_PIPELINE = "canonicalize,cse,dce,expand-complex,raise-nn,raise-moe,canonicalize,cse,dce"
 """Runs before the passes that a user names: they find norms, attention, routers and experts as single operations."""
 
-DECODER_PIPELINE = ""
+DECODER_PIPELINE = "add-kv-cache"
 """Runs after them on decoders: generation needs the cache."""
 
 

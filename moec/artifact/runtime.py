@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from moec.errors import UsageError
+from moec.errors import UsageError, VerificationError
 
 Cache = dict[str, Any]
 """Past keys and values by the name of the model's input; the values stay inside ONNX Runtime."""
@@ -51,7 +51,14 @@ class OnnxModel:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has a dozen exception classes without a common base
+            raise VerificationError(
+                f"ONNX Runtime {onnxruntime.__version__} does not load the model: {error}",
+                where=str(path),
+                hint="`moec verify` says what is wrong with it; or compile for this version of ONNX Runtime",
+            ) from error
         inputs = {item.name: item for item in self.session.get_inputs()}
         self.outputs = [item.name for item in self.session.get_outputs()]
         self.inputs = frozenset(inputs)

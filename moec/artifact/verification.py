@@ -18,7 +18,7 @@ from moec.artifact.measurements import VerificationRow
 from moec.artifact.options import OutputDType
 from moec.artifact.runtime import OnnxModel
 from moec.artifact.summary import layer_of_experts
-from moec.artifact.tokens import TokenBatch, function_inputs
+from moec.artifact.tokens import TokenBatch, function_inputs, token_batch
 from moec.dialects.builtin import ModuleOp
 from moec.dialects.moe import ExpertsOp, RouteOp
 from moec.errors import VerificationError
@@ -27,6 +27,7 @@ from moec.reference.executor import Executor
 from moec.reference.frame import Observation
 
 if TYPE_CHECKING:
+    from moec.module import Module
     from moec.weights.context import WeightContext
 
 FLOAT32_BOUND = 1e-4
@@ -34,6 +35,8 @@ FLOAT16_BOUND = 2e-2
 TIE_MARGIN = 1e-4
 """A choice of experts is a tie if it changes when values move by this share of the largest one: float32 rounding, grown
 by the layers before it."""
+_LEAN_BYTES = 512 << 20
+_ROWS, _LENGTH = 2, 32
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,29 @@ class ReferenceRun:
         for layer in self.choices:
             tied |= layer.tied.reshape(shape)
         return np.logical_or.accumulate(tied, axis=1)
+
+
+def verify_model(
+    path: Path, module: Module, original: Module, *, exact: bool, batch: TokenBatch, dtype: OutputDType
+) -> list[VerificationRow]:
+    """Compares the exported model `path` with the IR of `module`, and where `exact` that with the `original` source.
+
+    Raises VerificationError for the first comparison that fails.
+    """
+    ir = run_reference(module.op, module.weights, batch)
+    rows: list[VerificationRow] = []
+    if exact:
+        rows += compare_with_source(ir, run_reference(original.op, original.weights, batch), batch)
+        require_rows(rows)
+    lean = sum(item.stat().st_size for item in path.parent.iterdir()) > _LEAN_BYTES
+    rows += compare_artifact(path, ir, batch, bound_for(dtype), lean=lean)
+    require_rows(rows)
+    return rows
+
+
+def verification_batch(module: Module, *, text: Path | None = None, seed: int = 0) -> TokenBatch:
+    """The tokens that `moec compile` and `moec verify` compare models on."""
+    return token_batch(module, rows=_ROWS, length=_LENGTH, text=text, seed=seed)
 
 
 def bound_for(dtype: OutputDType) -> float:

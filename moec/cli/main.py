@@ -22,6 +22,7 @@ from moec.cli.opt import opt
 from moec.cli.passes import passes
 from moec.cli.plan import plan
 from moec.cli.run import run
+from moec.cli.verify import verify
 from moec.errors import MoecError
 
 EXIT_FAILED = 1
@@ -70,6 +71,7 @@ app.command("compile")(compile_command)
 app.command()(plan)
 app.command()(opt)
 app.command()(inspect)
+app.command()(verify)
 app.command("eval")(evaluate)
 app.command()(run)
 app.command()(passes)

@@ -1,0 +1,48 @@
+"""Writes what a backend makes of a module, and what users of the model need beside it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from moec.artifact.options import OutputDType
+from moec.codegen.onnx.emit import OnnxReport, emit_onnx
+from moec.codegen.onnx.targets import parse_target
+from moec.ir import DType
+from moec.module import Module
+
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+_DTYPES = {OutputDType.FLOAT32: DType.F32, OutputDType.FLOAT16: DType.F16}
+
+
+def emit_folder(module: Module, folder: Path, *, target: str, dtype: OutputDType, weights_in_place: bool) -> OnnxReport:
+    """Writes the ONNX model into `folder`, with tokenizer, chat template and generation config of the source.
+
+    The copied files stay as they are; nothing in them is run or rendered. Raises what `emit_onnx` raises.
+    """
+    report = emit_onnx(
+        module,
+        folder,
+        target=parse_target(target),
+        dtype=_DTYPES[dtype],
+        optimize_for=optimize_for,
+        weights_in_place=weights_in_place,
+    )
+    if module.source.folder is not None:
+        for name in COPIED_FILES:
+            path = module.source.folder / name
+            if path.is_file() and not (folder / name).exists():
+                shutil.copyfile(path, folder / name)
+    return report

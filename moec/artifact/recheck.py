@@ -1,0 +1,118 @@
+"""`moec verify`: an artifact checked again, from files to numbers; what is wrong is named down to the tensor."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from moec.artifact.compilation import is_exact, source_files
+from moec.artifact.emission import emit_folder
+from moec.artifact.localisation import Difference, first_difference
+from moec.artifact.manifest import check_files
+from moec.artifact.measurements import VerificationRow
+from moec.artifact.opened import MODEL_FILE, Artifact
+from moec.artifact.options import OptimizeFor, OutputDType
+from moec.artifact.verification import verification_batch, verify_model
+from moec.errors import MoecError, VerificationError
+from moec.frontend.huggingface import load_huggingface
+from moec.ir import structural_difference
+from moec.module import Module
+from moec.pipeline.manager import PassManager, Pipeline
+
+
+def verify_folder(
+    folder: Path,
+    *,
+    against: Path | None = None,
+    text: Path | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> list[VerificationRow]:
+    """Checks digests, then the artifact against its IR and the IR against its source, on tokens.
+
+    `against` is the source where it is not the folder that the artifact was compiled from; it must hold the same model.
+    Raises VerificationError that names what differs, by layer and tensor where there is one, and UsageError,
+    UnsafeInputError or UnsupportedModelError for inputs that cannot be read.
+    """
+    artifact = Artifact.open(folder)
+    progress("checking digests")
+    damage = _failure(lambda: check_files(folder, artifact.manifest))
+    source = artifact.source_folder(against)
+    progress("loading the source")
+    original = load_huggingface(source)
+    module = artifact.module(original)
+    foreign = _foreign_file(artifact, source)
+    pipeline = Pipeline.parse(artifact.manifest.build.pipeline)
+    progress("comparing")
+    rows: list[VerificationRow] = []
+
+    def compare() -> None:
+        rows.extend(
+            verify_model(
+                artifact.onnx,
+                module,
+                original,
+                exact=is_exact(pipeline),
+                batch=verification_batch(original, text=text, seed=artifact.manifest.build.seed),
+                dtype=OutputDType(artifact.manifest.build.dtype),
+            )
+        )
+
+    wrong = _failure(compare)
+    if damage is None and wrong is None and foreign is None:
+        return rows
+    progress("finding the difference")
+    found = _locate(artifact, module, original, pipeline)
+    reasons = [failure.message for failure in (damage, wrong) if failure is not None]
+    if foreign is not None:
+        reasons.append(f"the source is not the one that was compiled: {foreign} differs")
+    if found is not None:
+        raise VerificationError(
+            f"{found.what}: {found.tensor} ({'; '.join(reasons)})",
+            where=f"{folder}, {found.where}",
+            hint="compile again, or copy the artifact again",
+        )
+    first = damage or wrong
+    if first is None:
+        # Files of the source changed that the function does not depend on, and all comparisons hold.
+        return rows
+    raise first
+
+
+def _failure(check: Callable[[], None]) -> MoecError | None:
+    """What a check raises: the search for its cause comes first."""
+    try:
+        check()
+    except MoecError as error:
+        return error
+    return None
+
+
+def _foreign_file(artifact: Artifact, source: Path) -> str | None:
+    """The first file of the source that is not as it was at compile time."""
+    present = source_files(source)
+    recorded = artifact.manifest.source.files
+    return next((name for name in {**recorded, **present} if recorded.get(name) != present.get(name)), None)
+
+
+def _locate(artifact: Artifact, module: Module, original: Module, pipeline: Pipeline) -> Difference | None:
+    """Where the artifact differs from a new emission of its IR, or its IR from what the passes make of the source."""
+    build = artifact.manifest.build
+    with tempfile.TemporaryDirectory(prefix=".moec-verify-", dir=artifact.folder.parent) as scratch:
+        again = Path(scratch)
+        emit_folder(
+            module,
+            again,
+            target=build.target,
+            dtype=OutputDType(build.dtype),
+            optimize_for=OptimizeFor(build.optimize_for),
+            weights_in_place=False,
+        )
+        found = first_difference(artifact.onnx, again / MODEL_FILE)
+    if found is not None:
+        return found
+    PassManager(pipeline).run(original.op, weights=original.weights, module=original, seed=build.seed)
+    difference = structural_difference(module.op, original.op)
+    if difference is None:
+        return None
+    return Difference(f"the IR differs from what the passes make of the source: {difference}", "", "module.mlir")
