@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from moec.artifact.options import OutputDType
+from moec.artifact.options import OptimizeFor, OutputDType
 from moec.codegen.onnx.emit import OnnxReport, emit_onnx
 from moec.codegen.onnx.targets import parse_target
 from moec.ir import DType
@@ -27,7 +27,15 @@ COPIED_FILES = (
 _DTYPES = {OutputDType.FLOAT32: DType.F32, OutputDType.FLOAT16: DType.F16}
 
 
-def emit_folder(module: Module, folder: Path, *, target: str, dtype: OutputDType, weights_in_place: bool) -> OnnxReport:
+def emit_folder(
+    module: Module,
+    folder: Path,
+    *,
+    target: str,
+    dtype: OutputDType,
+    optimize_for: OptimizeFor,
+    weights_in_place: bool,
+) -> OnnxReport:
     """Writes the ONNX model into `folder`, with tokenizer, chat template and generation config of the source.
 
     The copied files stay as they are; nothing in them is run or rendered. Raises what `emit_onnx` raises.
