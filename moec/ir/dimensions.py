@@ -219,9 +219,9 @@ def _atom_text(atom: Atom) -> str:
 
 
 def _operand_text(value: int | DimExpr) -> str:
-    simple = isinstance(value, int) or (
-        len(value.terms) == 1 and len(value.terms[0][0]) == 1 and value.terms[0][1] == 1
-    )
+    if isinstance(value, int):
+        return str(value) if value >= 0 else f"({value})"
+    simple = len(value.terms) == 1 and len(value.terms[0][0]) == 1 and value.terms[0][1] == 1
     return str(value) if simple else f"({value})"
 
 

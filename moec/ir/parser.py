@@ -13,6 +13,7 @@ import struct
 from bisect import bisect_right
 from enum import Enum
 from functools import cached_property, lru_cache
+from importlib import import_module
 from typing import Any
 
 from moec.errors import UsageError
@@ -34,7 +35,7 @@ _TOKENS = re.compile(
     r"|[A-Za-z_][\w$.]*"
     r'|"[^"\\\n]*"|"(?:[^"\\\n]|\\.)*"'
     r'|#moec\.dim<[^<>]*>|#moec\.dense<"[0-9A-Fa-f]*">'
-    r"|-?\d+\.\d*(?:[eE][-+]?\d+)?|0x[0-9A-Fa-f]+|-?\d+|->|\^\w+|@[\w$.]+|@\"[^\"\n]*\"|[\#!][A-Za-z_][\w$.]*"
+    r"|-?\d+\.\d*(?:[eE][-+]?\d+)?|0x[0-9A-Fa-f]+|-?\d+|->|\^\w+|@[\w$.]+|@\"(?:[^\"\\\n]|\\.)*\"|[\#!][A-Za-z_][\w$.]*"
     r'|"[^\n]*\n|\S|\Z)',
     re.DOTALL | re.ASCII,
 )
@@ -58,6 +59,7 @@ def parse_module(text: str, file: str = "") -> Operation:
     Raises:
         ParseError: malformed text, an undefined value, or types that contradict each other.
     """
+    import_module("moec.dialects")  # operations that are not registered would pass as unknown ones, unverified
     collecting = gc.isenabled()
     # The graph is full of cycles and all of it stays: the collector would only walk it again and again as it grows.
     gc.disable()
@@ -382,7 +384,7 @@ class _Parser:
             self.at -= 1
             return self.parse_type()
         if first == "@":
-            return SymbolReference(token[1:].strip('"'))
+            return SymbolReference(self.string(token[1:]) if token[1] == '"' else token[1:])
         if first == "#":
             return self.dialect_attribute(token, at)
         raise self.error(f"unexpected {token!r} where an attribute stands", at)

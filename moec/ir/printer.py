@@ -18,7 +18,7 @@ from moec.ir.location import UNKNOWN, Location
 from moec.ir.operation import Operation, Value
 from moec.ir.types import DType, FunctionType, Type, result_types_text
 
-_BARE_NAME = re.compile(r"[A-Za-z_][\w$.]*\Z")
+_BARE_NAME = re.compile(r"[A-Za-z_][\w$.]*\Z", re.ASCII)
 _PLAIN_STRING = re.compile(r'[^"\\\x00-\x1f\x7f-\U0010ffff]*\Z')
 
 

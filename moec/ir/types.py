@@ -142,5 +142,9 @@ class FunctionType(Type):
 
 
 def result_types_text(types: tuple[Type, ...] | list[Type]) -> str:
-    """`t` for one type, `(t, u)` for none or several."""
-    return str(types[0]) if len(types) == 1 else f"({', '.join(map(str, types))})"
+    """`t` for one type, `(t, u)` for none or several and for a function type."""
+    return (
+        str(types[0])
+        if len(types) == 1 and not isinstance(types[0], FunctionType)
+        else f"({', '.join(map(str, types))})"
+    )
