@@ -77,9 +77,12 @@ def materialise(assembly: Assembly, block: Block, at: Location) -> Value:
 
 
 def _before(left: Size, right: Size) -> bool:
-    """left <= right, for sizes whose difference is known."""
+    """left <= right, for sizes whose difference is known or has the same sign for all sizes."""
     difference = right - left
     if isinstance(difference, DimExpr):
+        signs = {coefficient > 0 for _, coefficient in difference.terms}
+        if len(signs) == 1:
+            return signs == {True}
         raise UnsupportedModelError(f"a tensor is written up to {left}, which cannot be compared with {right}")
     return difference >= 0
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from moec.errors import UnsupportedModelError
 from moec.frontend.expert_body import is_stacked_experts, trace_stacked_experts
-from moec.frontend.hooks import BODY_ATTRIBUTE, HOOK_NAME, register_hooks
+from moec.frontend.hooks import BODY_ATTRIBUTE, EXPERTS_HOOK
 from moec.frontend.model_config import ModelSource
 
 _MAX_PARAMETERS = 1 << 47
@@ -38,13 +38,15 @@ def build_empty_model(source: ModelSource) -> EmptyModel:
 
     Raises UnsupportedModelError if transformers cannot build it or if a computed buffer cannot be had.
     """
-    register_hooks()
     config = source.config
     where = f"{source.model_class.__name__} ({source.model_type})"
     config.use_cache = False
+    # A model that does not ask the registry for its attention computes it itself, as "eager".
+    attention = "sdpa" if source.model_class._can_set_attn_implementation() else "eager"
+    built_as = attention if source.model_class._supports_sdpa else "eager"
     try:
         with torch.device("meta"), _quiet():
-            model = source.model_class._from_config(config, dtype=torch.float32, attn_implementation=HOOK_NAME)
+            model = source.model_class._from_config(config, dtype=torch.float32, attn_implementation=built_as)
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers cannot build this model: {type(error).__name__}: {str(error).strip()[:300]}", where=where
@@ -53,6 +55,9 @@ def build_empty_model(source: ModelSource) -> EmptyModel:
     count = sum(parameter.numel() for parameter in model.parameters())
     if count > _MAX_PARAMETERS:
         raise UnsupportedModelError(f"the model would have {count} parameters", where=where)
+    for part in model.modules():
+        if isinstance(getattr(part, "config", None), PretrainedConfig):
+            part.config._attn_implementation_internal = attention
     _trace_experts(model)
     _compute_buffers(model, where)
     return EmptyModel(model, _make_fake(model))
@@ -65,9 +70,9 @@ def _trace_experts(model: PreTrainedModel) -> None:
             setattr(module, BODY_ATTRIBUTE, trace_stacked_experts(module, name).digest)
             found = True
             # The registry looks at the config of each block, which for composite models is not the model's own.
-            module.config._experts_implementation = HOOK_NAME
+            module.config._experts_implementation = EXPERTS_HOOK
     if found:
-        model.config._experts_implementation = HOOK_NAME
+        model.config._experts_implementation = EXPERTS_HOOK
 
 
 def non_persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:

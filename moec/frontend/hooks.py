@@ -1,7 +1,8 @@
 """The operations that stand for attention, masks and experts in a trace, and their registration with transformers.
 
-transformers dispatches attention, mask creation and expert computation through three registries. Under the name "moec" each
-gives a single opaque operation, so that every architecture traces to the same few nodes:
+transformers dispatches attention, mask creation and expert computation through three registries. While
+`dispatching_to_hooks` is open, each of them gives a single opaque operation, so that every architecture traces to the same
+few nodes:
 
 - `moec::attention_mask(padding [B, T] bool, q_length, causal, window, chunk) -> [B, 1, S, T] bool` (True = attend)
 - `moec::unsupported_mask(padding, q_length, reason)`: a mask that no such operation expresses; an error only where it is used
@@ -17,8 +18,8 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from moec.errors import UnsupportedModelError
 from moec.frontend.expert_body import body_of, stacked_parameters
 from moec.frontend.mask_pattern import AttentionMaskPattern, probe_mask_function
 
-HOOK_NAME = "moec"
+EXPERTS_HOOK = "moec"
 BODY_ATTRIBUTE = "_moec_expert_body"
 
 # Arguments of an attention function that change nothing in evaluation mode or that the mask already contains.
@@ -120,16 +121,34 @@ def _(
     return torch.empty_like(x)
 
 
-@lru_cache(maxsize=1)
-def register_hooks() -> None:
-    """Makes "moec" an attention, mask and experts implementation of transformers. Calling it again does nothing."""
+@contextmanager
+def dispatching_to_hooks() -> Iterator[None]:
+    """While open, transformers' registries give the operations of this module.
+
+    They stand in for "sdpa" because models ask for that name before they combine boolean masks with masks of their own.
+    Models that write their attention out ask for the additive masks of "eager", and get them.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(HOOK_NAME, _experts_hook)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(HOOK_NAME, _mask_hook)
-    ALL_ATTENTION_FUNCTIONS.register(HOOK_NAME, _attention_hook)
+    entries = (
+        (ALL_EXPERTS_FUNCTIONS, EXPERTS_HOOK, _experts_hook),
+        (ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", _mask_hook),
+        (ALL_MASK_ATTENTION_FUNCTIONS, "eager", _additive_mask_hook),
+        (ALL_ATTENTION_FUNCTIONS, "sdpa", _attention_hook),
+    )
+    before = [registry._local_mapping.get(name) for registry, name, _ in entries]
+    for registry, name, hook in entries:
+        registry[name] = hook
+    try:
+        yield
+    finally:
+        for (registry, name, _), old in zip(entries, before, strict=True):
+            if old is None:
+                del registry[name]
+            else:
+                registry[name] = old
 
 
 def _mask_hook(
@@ -153,6 +172,11 @@ def _mask_hook(
     except UnsupportedModelError as error:
         return torch.ops.moec.unsupported_mask(padding, q_length, str(error))
     return torch.ops.moec.attention_mask(padding, q_length, pattern.causal, pattern.window, pattern.chunk)
+
+
+def _additive_mask_hook(dtype: torch.dtype = torch.float32, **arguments: Any) -> torch.Tensor:
+    mask = _mask_hook(**arguments)
+    return torch.where(mask, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
 
 
 def _attention_hook(

@@ -386,7 +386,28 @@ class _Importer:
             ).result
         return value
 
-    def _import_scatter(self, node: fx.Node, name: str, arguments: dict[str, Any]) -> Assembly:
+    def _scatter_strided(
+        self, base_node: fx.Node, value: Value, dim: int, bounds: tuple[int | DimExpr, int | DimExpr, int]
+    ) -> Value:
+        """Every n-th element from `value`, the others from the base: a fixed choice from both, one after the other."""
+        base = self.value(base_node)
+        kind, given = base.type, value.type
+        assert isinstance(kind, TensorType) and isinstance(given, TensorType)
+        size, added = kind.shape[dim], given.shape[dim]
+        if not isinstance(size, int) or not isinstance(added, int) or not all(isinstance(b, int) for b in bounds):
+            raise UnsupportedModelError("the model writes every n-th element along an axis of any size")
+        chosen = list(range(size))
+        for position, index in enumerate(range(*bounds)):  # type: ignore[arg-type]
+            chosen[index] = size + position
+        both = TensorType((*kind.shape[:dim], size + added, *kind.shape[dim + 1 :]), kind.dtype)
+        cat = aten.build("cat.default", {"tensors": (base, value)}, (both,), self._location, dim=dim)
+        index = _constant(torch.tensor(chosen), TensorType((size,), DType.I64), self._location)
+        self._append(cat)
+        self._append(index)
+        tensors = {"self": cat.result, "index": index.result}
+        return self._append(aten.build("index_select.default", tensors, (kind,), self._location, dim=dim)).result
+
+    def _import_scatter(self, node: fx.Node, name: str, arguments: dict[str, Any]) -> Assembly | Value:
         kind = tensor_type(node, self.sizes)
         base_node = arguments["self"]
         if base_node not in self.values:
@@ -407,7 +428,7 @@ class _Importer:
         else:
             start, stop = self._bounds(kind.shape[dim], arguments.get("start"), arguments.get("end"))
             if arguments.get("step", 1) != 1:
-                raise UnsupportedModelError("the model writes every n-th element of a tensor")
+                return self._scatter_strided(base_node, value, dim, (start, stop, int(arguments["step"])))
         return overwrite(base, value, dim, start, stop, self.block, self._location)
 
     def _import_slice(self, node: fx.Node, arguments: dict[str, Any]) -> Value:

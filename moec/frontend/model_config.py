@@ -26,6 +26,7 @@ _IMPLEMENTATION_KEYS = (
     "experts_implementation",
 )
 _EXPERT_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_SPECIAL_FLOATS = ("Infinity", "-Infinity", "NaN")
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
@@ -59,7 +60,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UnsafeInputError(f"{CONFIG_FILE} holds a {type(values).__name__}, not an object", where=str(path))
     check_config(values, str(path))
-    return values
+    decoded: dict[str, Any] = _decode_floats(values)
+    return decoded
 
 
 def check_config(values: dict[str, Any], where: str) -> None:
@@ -127,6 +129,15 @@ def resolve_model(values: dict[str, Any], where: str) -> ModelSource:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model", where=where)
     return ModelSource(config, model_class, is_decoder)
+
+
+def _decode_floats(value: Any) -> Any:
+    """transformers writes numbers that JSON lacks as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in _SPECIAL_FLOATS:
+            return float(value["__float__"])
+        return {key: _decode_floats(item) for key, item in value.items()}
+    return [_decode_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _names(entry: Any) -> list[str]:

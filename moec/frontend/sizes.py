@@ -11,6 +11,8 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, PythonMod
 from moec.errors import UnsupportedModelError
 from moec.ir.dimensions import DimExpr
 
+_LARGEST_CHUNK = 1024
+
 
 class SizeTranslator:
     """Translates torch's symbols by a table from their names to sizes of the IR."""
@@ -51,8 +53,24 @@ class SizeTranslator:
                 for _ in range(int(expression.exp)):
                     power = power * base  # type: ignore[assignment]
                 return power
+            case FloorDiv() if (chunk := _chunk_size(expression)) is not None:
+                return chunk
             case FloorDiv() | CleanDiv():
                 return self._translate(expression.args[0]) // self._translate(expression.args[1])
             case Mod() | PythonMod():
                 return self._translate(expression.args[0]) % self._translate(expression.args[1])
         raise UnsupportedModelError(f"the size {expression} cannot be expressed with + - * // %")
+
+
+def _chunk_size(expression: FloorDiv) -> int | None:
+    """c for `a // (a // c)` where c divides a for all sizes: the length of a chunk of a padded sequence."""
+    whole, count = expression.args
+    if not isinstance(count, FloorDiv) or count.args[0] != whole or not isinstance(count.args[1], sympy.Integer):
+        return None
+    chunk = int(count.args[1])
+    symbols = sorted(whole.free_symbols, key=str)
+    if len(symbols) != 1 or not 0 < chunk <= _LARGEST_CHUNK:
+        return None
+    # Remainders by `chunk` of sums and products repeat with period `chunk`; two periods are tried.
+    values = (whole.subs(symbols[0], size) for size in range(1, 2 * chunk + 1))
+    return chunk if all(int(value) % chunk == 0 for value in values) else None

@@ -15,7 +15,8 @@ from moec.errors import UsageError
 from moec.frontend.decompositions import decompose
 from moec.frontend.experts_adapter import ExpertsAdapter, MarkedBlocks, mark_blocks
 from moec.frontend.import_graph import ImportOptions, first_names, import_program
-from moec.frontend.trace import exporting, refuse_fixed_sizes
+from moec.frontend.size_guards import refuse_fixed_sizes
+from moec.frontend.trace import exporting
 from moec.ir import DimExpr, symbol
 from moec.module import Module, SourceFacts
 from moec.weights.context import WeightContext

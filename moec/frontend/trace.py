@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from moec.errors import MoecError, UnsupportedModelError
 from moec.frontend.decompositions import decompose
 from moec.frontend.empty_model import EmptyModel
+from moec.frontend.hooks import dispatching_to_hooks
 from moec.frontend.model_config import ModelSource
+from moec.frontend.size_guards import refuse_fixed_sizes
 
 BATCH, SEQUENCE = "batch", "seq"
 _EXAMPLE_BATCH, _EXAMPLE_LENGTH = 2, 12
@@ -85,12 +87,18 @@ def trace_model(source: ModelSource, empty: EmptyModel) -> TracedModel:
         example = {name: torch.zeros(shape, dtype=torch.int64, device="cpu") for name in names}
     dynamic = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in names}
     where = f"{source.model_class.__name__} ({source.model_type})"
-    with torch.no_grad(), exporting(where):
+    with torch.no_grad(), exporting(where), dispatching_to_hooks():
         program = export(wrapper.eval(), (), example, dynamic_shapes=dynamic, strict=False)
         program = decompose(program)
-        refuse_fixed_sizes(program, {name: {0: BATCH, 1: SEQUENCE} for name in names}, where)
+        refuse_fixed_sizes(program, {name: {0: BATCH, 1: SEQUENCE} for name in names}, where, _longest(source))
     output = "logits" if source.is_decoder else "last_hidden_state"
     return TracedModel(source, model, program, tuple(names), output)
+
+
+def _longest(source: ModelSource) -> dict[str, int]:
+    """The longest sequence that the model is defined for, where its config says so."""
+    length = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    return {SEQUENCE: length} if isinstance(length, int) else {}
 
 
 def _accepted_inputs(model: nn.Module, source: ModelSource) -> list[str]:
@@ -102,21 +110,6 @@ def _accepted_inputs(model: nn.Module, source: ModelSource) -> list[str]:
     if "attention_mask" not in names or "input_ids" not in names:
         raise UnsupportedModelError("the model does not take input_ids and attention_mask", where=type(model).__name__)
     return names
-
-
-def refuse_fixed_sizes(program: ExportedProgram, dynamic: Mapping[str, Mapping[int, str]], where: str) -> None:
-    """Raises UnsupportedModelError if an axis of an input that must be of any size is not, in the traced program.
-
-    `dynamic` gives the meaning of each such axis by input name.
-    """
-    for node in program.graph.find_nodes(op="placeholder"):
-        for axis, meaning in dynamic.get(node.name, {}).items():
-            size = node.meta["val"].shape[axis]
-            if isinstance(size, int):
-                raise UnsupportedModelError(
-                    f"the model's code fixes {meaning} to the example's {size} when it is traced",
-                    where=f"{where}, input {node.name}",
-                )
 
 
 @contextmanager

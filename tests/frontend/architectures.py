@@ -37,7 +37,7 @@ _NUMBERS: dict[tuple[str, ...], int] = {
     ("head_dim", "kv_channels", "qk_nope_head_dim", "v_head_dim"): 16,
     ("qk_rope_head_dim",): 8,
     ("q_lora_rank", "kv_lora_rank"): 32,
-    ("max_position_embeddings", "max_seq_len"): 256,
+    ("max_position_embeddings", "max_seq_len"): 4096,
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"): 8,
     (
         "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts",
@@ -72,10 +72,12 @@ _NUMBERS: dict[tuple[str, ...], int] = {
 }  # fmt: skip
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_type_list", "mlp_layer_type", "moe_layers")
 
+# Latent attention has one key head for each query head, and rotates its own width.
 _LATENT_ATTENTION = {"num_key_value_heads": 4, "head_dim": 8}
 SPECIAL: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {**_LATENT_ATTENTION, "topk_method": "group_limited_greedy"},
-    "deepseek_v3": _LATENT_ATTENTION,
+    "deepseek_v2": {"topk_method": "group_limited_greedy"},
+    "gemma4_text": {"enable_moe_block": True},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -93,6 +95,8 @@ def small_config(model_type: str) -> PretrainedConfig:
         if isinstance(kinds, list) and kinds and isinstance(kinds[0], str):
             different = list(dict.fromkeys(kinds))
             settings[name] = (different * layers)[:layers]
+    if "kv_lora_rank" in defaults and "qk_rope_head_dim" in defaults:
+        settings.update((name, value) for name, value in _LATENT_ATTENTION.items() if name in defaults)
     settings.update(SPECIAL.get(model_type, {}))
     return AutoConfig.for_model(model_type, **settings)
 
