@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from moec import __version__
+from moec.cli.bench import bench
 from moec.cli.compile import compile_command
 from moec.cli.eval import evaluate
 from moec.cli.inspect import inspect
@@ -74,6 +75,7 @@ app.command()(inspect)
 app.command()(verify)
 app.command("eval")(evaluate)
 app.command()(run)
+app.command()(bench)
 app.command()(passes)
 
 

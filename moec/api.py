@@ -1,0 +1,89 @@
+"""moec from Python: `load` gives a module to look at, to run passes on or to run; `compile` writes an artifact.
+
+import moec
+module = moec.load("path/to/model")
+result = moec.compile("path/to/model", "out", pipeline="my-pass{layer=3}")
+print(result.report.artifact_bytes)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moec.artifact.options import Check, CompileOptions, OptimizeFor, OutputDType
+from moec.module import Module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from moec.artifact.compilation import CompileResult
+    from moec.frontend.experts_adapter import ExpertsAdapter
+    from moec.frontend.torch_export import DynamicSizes
+    from moec.pipeline.manager import PipelineReport
+
+
+def load(
+    source: str | Path | nn.Module,
+    example_inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] = (),
+    *,
+    dynamic: DynamicSizes | None = None,
+    experts: Sequence[ExpertsAdapter] = (),
+    result_names: Sequence[str] = (),
+) -> Module:
+    """The IR of a Hugging Face folder, or of a torch module with example inputs; no weight of a folder is read.
+
+    The other arguments are for torch modules: `moec.frontend.torch_export.load_torch` explains them. Raises UsageError,
+    UnsupportedModelError or UnsafeInputError as the frontends do.
+    """
+    if isinstance(source, str | Path):
+        from moec.frontend.huggingface import load_huggingface
+
+        return load_huggingface(source)
+    from moec.frontend.torch_export import load_torch
+
+    return load_torch(source, example_inputs, dynamic=dynamic, experts=experts, result_names=result_names)
+
+
+def compile(
+    source: str | Path,
+    output: str | Path,
+    *,
+    pipeline: str = "",
+    target: str = "portable",
+    dtype: str = "float32",
+    optimize_for: str = "decode",
+    check: str = "changed",
+    seed: int = 0,
+    weights_in_place: bool = False,
+    verify: bool = True,
+    text: str | Path | None = None,
+    replace: bool = False,
+) -> CompileResult:
+    """Compiles a Hugging Face folder into the artifact folder `output`; the options are those of `moec compile`.
+
+    Raises the subclasses of MoecError, and ValueError for a value that an option does not have.
+    """
+    from moec.artifact.compilation import compile_folder
+
+    options = CompileOptions(
+        pipeline=pipeline,
+        target=target,
+        dtype=OutputDType(dtype),
+        optimize_for=OptimizeFor(optimize_for),
+        check=Check(check),
+        seed=seed,
+        weights_in_place=weights_in_place,
+        verify=verify,
+        text=None if text is None else Path(text),
+    )
+    return compile_folder(Path(source), Path(output), options, replace=replace)
+
+
+def run_passes(module: Module, pipeline: str, *, seed: int = 0) -> PipelineReport:
+    """Runs a pipeline on `module` in place, and gives its statistics, refusals and remarks."""
+    from moec.pipeline.manager import PassManager, Pipeline
+
+    return PassManager(Pipeline.parse(pipeline)).run(module.op, weights=module.weights, module=module, seed=seed)
