@@ -285,10 +285,9 @@ class Operation:
         """Checks what this operation alone requires; raises VerifyError. Typed operations override it."""
 
     def __repr__(self) -> str:
-        from moec.ir.printer import print_operation
+        from moec.ir.printer import message_text
 
-        text = print_operation(self, regions=False)
-        return f"<{text}>"
+        return f"<{message_text(self)}>"
 
 
 class Block:

@@ -30,6 +30,14 @@ def print_operation(op: Operation, *, locations: bool = False, regions: bool = T
     return "".join(printer.out)
 
 
+def message_text(op: Operation) -> str:
+    """The text of `op` alone for messages; it also serves operations that hold what is no attribute."""
+    try:
+        return print_operation(op, regions=False)
+    except TypeError as error:
+        return f'"{op.name}" ({error})'
+
+
 class _Printer:
     def __init__(self, locations: bool, regions: bool) -> None:
         self.out: list[str] = []

@@ -20,12 +20,12 @@ class VerifyError(MoecError):
 
 
 def _neighbourhood(op: Operation) -> str:
-    from moec.ir.printer import print_operation
+    from moec.ir.printer import message_text
 
     lines = []
     for marker, shown in (("   ", op.prev), ("-> ", op), ("   ", op.next)):
         if shown is not None:
-            text = print_operation(shown, regions=False)
+            text = message_text(shown)
             lines.append(marker + (text if len(text) <= 400 else text[:400] + " ..."))
     return "\n".join(lines)
 
