@@ -13,6 +13,7 @@ from moec.artifact.options import OptimizeFor
 from moec.codegen.onnx import aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn
 from moec.codegen.onnx.context import Context, EmitOptions, tensor_of
 from moec.codegen.onnx.cost_model import Lowering
+from moec.codegen.onnx.deploy_files import write_genai_config
 from moec.codegen.onnx.external_data import Placement, StoredTensor, hard_link, lay_out, write_tensors
 from moec.codegen.onnx.fallback_function import fallback_function
 from moec.codegen.onnx.graph import ONNX_DTYPES, GraphBuilder
@@ -52,7 +53,10 @@ class EmittedFile:
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was emitted: node counts are those of the main graph."""
+    """What was emitted.
+
+    `node_count` is that of the main graph; `without_genai` says why there is no genai_config.json, None if there is.
+    """
 
     target: Target
     opset: int
@@ -60,6 +64,7 @@ class OnnxReport:
     node_count: int
     files: tuple[EmittedFile, ...]
     layers: tuple[LayerLowering, ...]
+    without_genai: str | None
 
 
 def emit_onnx(
@@ -93,10 +98,15 @@ def emit_onnx(
     proto = ir.to_proto(model)
     payload = proto.SerializeToString(deterministic=True)
     (folder / MODEL_FILE).write_bytes(payload)
-    if not profile.contrib:
+    linked = any(tensor.origin is not None for tensor in builder.stored)
+    if not profile.contrib and not linked:
+        # the checker refuses linked files, since it cannot know where else they are changed
         onnx.checker.check_model(str(folder / MODEL_FILE))
     files = (EmittedFile(MODEL_FILE, len(payload)), *data)
-    return OnnxReport(target, profile.opset, profile.ir_version, len(builder.nodes), files, tuple(context.lowerings))
+    without_genai = write_genai_config(module, folder, MODEL_FILE)
+    return OnnxReport(
+        target, profile.opset, profile.ir_version, len(builder.nodes), files, tuple(context.lowerings), without_genai
+    )
 
 
 def emit_function(context: Context, function: FuncOp) -> None:

@@ -32,6 +32,8 @@ from moec.weights.expression import Concat, Expression, Permute, Reshape
 # imported for the kernels that they register
 _KERNEL_MODULES = (aten_kernel, nn_kernels)
 
+# where aten operations keep the numbers that an activation may have as parameters
+_NUMBER_ARGUMENTS = ("other", "alpha", "beta", "min", "max", "value")
 _PROBE_ROWS = 64
 _TOLERANCE = 1e-12
 
@@ -225,9 +227,10 @@ def _numbers(block: Block) -> Iterator[float]:
             array = constant_array(op)
             if array.size == 1 and array.dtype.kind == "f":
                 yield float(array.reshape(-1)[0])
-        for value in op.attributes.values():
-            if isinstance(value, float) and np.isfinite(value):
-                yield value
+        for name in _NUMBER_ARGUMENTS:
+            value = op.attributes.get(name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value):
+                yield float(value)
 
 
 def _run_between(
