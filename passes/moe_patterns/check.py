@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moec.dialects.builtin import ConstantOp, FuncOp, ModuleOp, WeightOp
-from moec.dialects.moe import Select
+from moec.dialects.moe import Routing, Select
 from moec.ir import BlockArgument, DimExpr, Operation, TensorType, Value
+from moec.ir.attributes import struct_fields
 from moec.passes.matching import shape, tensor
 from moec.passes.moe_patterns.reading import RouterReading
 
@@ -38,7 +39,7 @@ class RouterCheck:
 
     def problem(self, ids: Value, gates: Value, reading: RouterReading) -> str:
         """Why the reading is wrong, in words; empty where every token that is no tie gets the same gates."""
-        traced = _slice(ids, gates, reading.logits)
+        traced = _slice(ids, gates, reading)
         if isinstance(traced, str):
             return traced
         for real in (True, False) if self.weights is not None and traced.weights else (False,):
@@ -77,10 +78,6 @@ class RouterCheck:
         from moec.reference.executor import Executor
         from moec.reference.route import RouteInputs, route
 
-        def number(value: Value | None) -> torch.Tensor | None:
-            op = value.defining_op if value is not None else None
-            return values[op] if isinstance(op, WeightOp) else None
-
         experts = shape(reading.logits)[-1]
         assert isinstance(experts, int)
         logits = self._logits(experts)
@@ -95,7 +92,7 @@ class RouterCheck:
             pieces.append(_dense(found[0], found[1], experts))
         expected = torch.cat(pieces)
         inputs = RouteInputs(
-            logits, select_bias=number(reading.select_bias), per_expert_scale=number(reading.per_expert_scale)
+            logits, select_bias=result.get("select_bias"), per_expert_scale=result.get("per_expert_scale")
         )
         ids, gates, _ = route(inputs, reading.routing)
         difference = (_dense(ids, gates, experts) - expected).abs().amax(1)
@@ -105,11 +102,17 @@ class RouterCheck:
         wrong = ~undefined & ~_tied(inputs, reading) & ~(difference <= _TOLERANCE * largest)
         if wrong.any():
             return (
-                f"read as {reading.routing}, {int(wrong.sum())} of {len(logits)} random tokens get other gates "
-                f"(by up to {float(difference[wrong].max()):.3g})"
+                f"read as {_in_words(reading.routing)}, {int(wrong.sum())} of {len(logits)} random tokens "
+                f"get other gates (by up to {float(difference[wrong].max()):.3g})"
             )
         same = ~undefined & (difference <= _TOLERANCE * largest)
         return "" if same.float().mean() > 0.5 else "most random tokens are ties, so that the check says nothing"
+
+
+def _in_words(routing: Routing) -> str:
+    """The stages that do something."""
+    shown = {name: getattr(value, "value", value) for name, value in struct_fields(routing)}
+    return ", ".join(f"{name} = {value}" for name, value in shown.items())
 
 
 def _dense(ids: torch.Tensor, gates: torch.Tensor, experts: int) -> torch.Tensor:
@@ -153,7 +156,8 @@ def _border(values: torch.Tensor, kept: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Slice:
-    """A module whose `main` takes logits of shape `logits_shape` (`tokens` rows) and the weights, gives ids, gates."""
+    """A module whose `main` takes logits of shape `logits_shape` (`tokens` rows) and the weights, and gives ids, gates
+    and, by their names, those of the reading's vectors that there are."""
 
     module: ModuleOp
     weights: list[WeightOp]
@@ -161,10 +165,13 @@ class _Slice:
     logits_shape: tuple[int, ...]
 
 
-def _slice(ids: Value, gates: Value, logits: Value) -> _Slice | str:
+def _slice(ids: Value, gates: Value, reading: RouterReading) -> _Slice | str:
     """What computes ids and gates from logits, or why it cannot be cut out."""
+    logits = reading.logits
+    vectors = {"select_bias": reading.select_bias, "per_expert_scale": reading.per_expert_scale}
+    results = {"ids": ids, "gates": gates, **{name: value for name, value in vectors.items() if value is not None}}
     needed: dict[Operation, None] = {}
-    stack = [ids, gates]
+    stack = list(results.values())
     while stack:
         value = stack.pop()
         if value is logits:
@@ -188,7 +195,7 @@ def _slice(ids: Value, gates: Value, logits: Value) -> _Slice | str:
     for op in _in_order(needed, ids):
         if not isinstance(op, WeightOp):
             function.body.append(_static_copy(op, mapping, sizes))
-    function.finish([mapping[ids], mapping[gates]], ["ids", "gates"])
+    function.finish([mapping[value] for value in results.values()], list(results))
     count = 1
     for size in rows.static_shape[:-1]:
         count *= size

@@ -14,7 +14,7 @@ from moec.dialects.aten import AtenOp
 from moec.dialects.nn import RotaryOp
 from moec.ir import DimExpr, Value
 from moec.passes.building import Builder
-from moec.passes.matching import both_orders, is_last_axis, is_view, made_by, part, shape, tensor
+from moec.passes.matching import Part, both_orders, is_last_axis, is_view, made_by, part, shape, tensor
 from moec.rewrite import Rewriter, rewrite
 
 Sizes = tuple[int | DimExpr, ...]
@@ -51,6 +51,8 @@ def raise_rotary_pairs(op: AtenOp, rewriter: Rewriter) -> bool:
     if turn is None:
         return False
     pairs = turn.pairs
+    if not tensor(pairs.base).dtype is tensor(turn.cos).dtype is tensor(op.result).dtype:
+        return rewriter.refuse(op, f"it multiplies {pairs.base.type} by {turn.cos.type}")
     if interleaved and not pairs.interleaved:
         return rewriter.refuse(op, "it takes pairs from halves and gives them interleaved")
     frame = _frame(pairs.sizes, turn.cos, turn.sin)
@@ -85,7 +87,7 @@ def raise_rotary(op: AtenOp, rewriter: Rewriter) -> bool:
             if pairs is None:
                 continue
             for x, cos in both_orders(plain):
-                if x is not pairs.base or pairs.sizes != shape(x) or pairs.start or pairs.width != shape(x)[-1]:
+                if not _is_all_of(x, pairs):
                     continue
                 frame = _frame(shape(x), cos, sin)
                 if frame is None or tensor(op.result) != tensor(x):
@@ -166,6 +168,13 @@ def _pairs(first: Value, second: Value) -> _Pairs | None:
     if one.step == 2 and other.start == one.start + 1:
         return _Pairs(one.base, one.sizes, one.start, 2 * one.count, True)
     return None
+
+
+def _is_all_of(x: Value, pairs: _Pairs) -> bool:
+    """Whether `x` holds exactly the channels of the pairs, in their order."""
+    if x is pairs.base:
+        return pairs.sizes == shape(x) and pairs.start == 0 and pairs.width == shape(x)[-1]
+    return part(x) == Part(pairs.base, pairs.sizes, pairs.start, pairs.width)
 
 
 def _turn(first: Value, second: Value) -> _Turn | None:
