@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import moec
+from moec.artifact.compilation import compile_folder
+from moec.artifact.options import CompileOptions
 from moec.codegen.onnx.emit import emit_onnx
 from moec.codegen.onnx.targets import Target
+from moec.ir import TensorType
 from moec.module import Module
 from moec.reference.executor import Executor
 from tests.frontend.tiny_models import TINY_MODELS, random_tokens, save_tiny_checkpoint
@@ -34,20 +35,25 @@ class CompiledModel:
         """Logits, or hidden states of an encoder, from the reference executor."""
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
         given["token_type_ids"] = segments(ids)
-        inputs = {name: torch.from_numpy(given[name]) for name in self.module.main.arg_names}
+        main = self.module.main
+        inputs = {name: torch.from_numpy(given[name]) for name in main.arg_names if name in given}
+        for name, argument in zip(main.arg_names, main.arguments, strict=True):
+            if name.startswith("past_key_values."):
+                assert isinstance(argument.type, TensorType)
+                _, heads, _, size = argument.type.shape
+                inputs[name] = torch.zeros(len(ids), int(str(heads)), 0, int(str(size)))
         with torch.no_grad():
             results = Executor(self.module.op, self.module.weights).run(inputs)
         return next(iter(results.values())).numpy()
 
 
-@lru_cache(maxsize=1)
-def compiled_model(model_type: str, root: Path) -> CompiledModel:
-    """Saves, compiles and loads the tiny model; the last one is kept, so tests of one architecture share the work."""
+def compile_tiny_model(model_type: str, root: Path) -> CompiledModel:
+    """Saves the tiny model in `root`, compiles it for both targets and loads all its forms."""
     checkpoint = root / model_type
-    artifact = root / f"{model_type} compiled"
+    artifact = root / "portable"
     save_tiny_checkpoint(model_type, checkpoint)
-    result = moec.compile(checkpoint, artifact, target=Target.PORTABLE.value, verify=False)
-    other = root / f"{model_type} for onnxruntime"
+    result = compile_folder(checkpoint, artifact, CompileOptions(target=Target.PORTABLE.value, verify=False))
+    other = root / "ort-cpu"
     emit_onnx(result.module, other, target=Target.ORT_CPU)
     sessions = {
         Target.PORTABLE: OnnxSession.load(artifact / "onnx" / "model.onnx"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from moec.codegen.onnx.targets import Target
 from tests.frontend.tiny_models import DENSE_MODEL_TYPES, MIXTURE_MODEL_TYPES, TINY_MODELS
 from tests.parity.comparison import assert_close, assert_same_logits, relative_difference
-from tests.parity.compiled_model import LENGTH, CompiledModel, compiled_model, padded_batch, segments
+from tests.parity.compiled_model import LENGTH, CompiledModel, compile_tiny_model, padded_batch, segments
 
 ALWAYS = ("llama", "bert", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")
 TARGETS = [pytest.param(target, id=target.value) for target in Target]
@@ -32,17 +31,12 @@ ENCODERS = _parameters(tuple(name for name, model in TINY_MODELS.items() if mode
 MIXTURES = _parameters(MIXTURE_MODEL_TYPES)
 
 
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("parity")
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CompiledModel:
+    return compile_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture
-def compiled(model_type: str, root: Path) -> CompiledModel:
-    return compiled_model(model_type, root)
-
-
-@pytest.mark.parametrize("model_type", DECODERS)
+@pytest.mark.parametrize("compiled", DECODERS, indirect=True)
 class TestDecoder:
     def test_executor(self, compiled: CompiledModel) -> None:
         ids, mask = padded_batch(left=True)
@@ -77,7 +71,7 @@ class TestDecoder:
             assert_close(together[row : row + 1, first:], alone, mask[row : row + 1, first:])
 
 
-@pytest.mark.parametrize("model_type", ENCODERS)
+@pytest.mark.parametrize("compiled", ENCODERS, indirect=True)
 class TestEncoder:
     def test_executor(self, compiled: CompiledModel) -> None:
         ids, mask = padded_batch(left=False)
@@ -90,7 +84,7 @@ class TestEncoder:
         assert_close(actual, compiled.source.hidden(ids, mask, segments(ids)), mask)
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize("compiled", MIXTURES, indirect=True)
 class TestExperts:
     """The checkpoints are such that a lost expert would be seen."""
 
