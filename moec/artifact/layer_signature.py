@@ -6,8 +6,9 @@ and inputs; two changes with equal abstract signatures differ only in which tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from moec.dialects.builtin import FuncOp, WeightOp
 from moec.ir import Operation, Value
@@ -33,16 +34,16 @@ def compare_segments(
     result = []
     for position, (first, second) in enumerate(zip(old, new, strict=True)):
         concrete = (
-            _signature(first, _located(old_values, None), _by_source),
-            _signature(second, _located(new_values, None), _by_source),
+            _signature(first, old_values.__getitem__, _by_source),
+            _signature(second, new_values.__getitem__, _by_source),
         )
-        weights = _NumberedWeights({}, [])
+        numbers = _Numbers()
         abstract = (
-            _signature(first, _located(old_values, position), weights.number),
-            _signature(second, _located(new_values, position), weights.known_number),
+            _signature(first, partial(numbers.outer, old_values), numbers.weight),
+            _signature(second, partial(numbers.known_outer, new_values), numbers.known_weight),
         )
         unchanged = concrete[0] == concrete[1]
-        result.append(SegmentChange(unchanged, None if weights.novel else abstract))
+        result.append(SegmentChange(unchanged, None if numbers.novel else abstract))
         _name_outputs((old_values, first), (new_values, second), position, unchanged)
     return result
 
@@ -75,35 +76,34 @@ def _name_outputs(
             tokens[value] = _Outer(name, position)
 
 
-def _located(tokens: Mapping[Value, _Outer], here: int | None) -> Callable[[Value], object]:
-    """How an outer value appears: the segment before `here` is called so, for layers to be comparable."""
-
-    def name(value: Value) -> object:
-        token = tokens[value]
-        previous = here is not None and token.position == here - 1
-        return (token.name, "previous" if previous else token.position)
-
-    return name
-
-
 def _by_source(op: WeightOp) -> object:
     return op.source
 
 
-@dataclass(frozen=True)
-class _NumberedWeights:
-    """Weights by their order in the old version; `novel` are those that only the new version has."""
+@dataclass
+class _Numbers:
+    """Weights and outer values by their order in the old version. What only the new version has keeps its name.
 
-    sources: dict[str, int]
-    novel: list[str]
+    `novel`: weights of the new version alone.
+    """
 
-    def number(self, op: WeightOp) -> object:
+    sources: dict[str, int] = field(default_factory=dict)
+    outers: dict[_Outer, int] = field(default_factory=dict)
+    novel: list[str] = field(default_factory=list)
+
+    def weight(self, op: WeightOp) -> object:
         return self.sources.setdefault(op.source, len(self.sources))
 
-    def known_number(self, op: WeightOp) -> object:
+    def known_weight(self, op: WeightOp) -> object:
         if op.source not in self.sources:
             self.novel.append(op.source)
         return self.sources.get(op.source, op.source)
+
+    def outer(self, tokens: dict[Value, _Outer], value: Value) -> object:
+        return self.outers.setdefault(tokens[value], len(self.outers))
+
+    def known_outer(self, tokens: dict[Value, _Outer], value: Value) -> object:
+        return self.outers.get(tokens[value], tokens[value])
 
 
 def _signature(segment: Segment, outer: Callable[[Value], object], weight: WeightToken) -> Signature:

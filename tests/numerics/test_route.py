@@ -68,7 +68,8 @@ def routings(draw: st.DrawFn) -> Routing:
     return routing
 
 
-def _inputs(routing: Routing, seed: int, operands: frozenset[str]) -> RouteInputs:
+def make_inputs(routing: Routing, seed: int, operands: frozenset[str]) -> RouteInputs:
+    """Random operands for a routing, float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -98,7 +99,7 @@ OPERANDS = st.frozensets(st.sampled_from(["logit_bias", "mask", "override", "sel
 @settings(max_examples=300, deadline=None)
 @given(routings(), st.integers(0, 10**6), OPERANDS)
 def test_equals_plain_python_and_keeps_invariants(routing: Routing, seed: int, operands: frozenset[str]) -> None:
-    inputs = _inputs(routing, seed, operands)
+    inputs = make_inputs(routing, seed, operands)
     ids, gates, count = route(inputs, routing)
     slots = 4 if routing.select is Select.FORCED else routing.slots(EXPERTS)
     assert ids.shape == gates.shape == (TOKENS, slots)
@@ -127,10 +128,10 @@ def test_normalised_gates_sum_to_the_scale(routing: Routing, seed: int) -> None:
     routing = replace(routing, normalize=Normalize.SUM, norm_eps=0.0, norm_min=0.0, null_experts=0)
     routing = replace(routing, norm_over=NormOver.SELECTED)
     assume(routing.problem(EXPERTS) is None)
-    _, gates, count = route(_inputs(routing, seed, frozenset()), routing)
+    _, gates, count = route(make_inputs(routing, seed, frozenset()), routing)
     total = gates.sum(1)
     assert torch.allclose(total[count > 0], torch.full_like(total[count > 0], routing.scale), atol=1e-9)
-    _, smaller, _ = route(_inputs(routing, seed, frozenset()), replace(routing, norm_eps=0.2))
+    _, smaller, _ = route(make_inputs(routing, seed, frozenset()), replace(routing, norm_eps=0.2))
     assert bool((smaller.sum(1) <= routing.scale + 1e-9).all())
 
 
@@ -143,7 +144,7 @@ def test_selection_ignores_shifts_and_follows_permutations(routing: Routing, see
     assume(routing.weight_from is not WeightFrom.SIGMOID_LOGIT and routing.select is not Select.FORCED)
     assume(not (routing.choice_on is ChoiceOn.LOGIT and routing.select is Select.THRESHOLD))
     assume(routing.problem(EXPERTS) is None)
-    inputs = _inputs(routing, seed, frozenset({"select_bias"}))
+    inputs = make_inputs(routing, seed, frozenset({"select_bias"}))
     ids, gates, _ = route(inputs, routing)
     shifted_ids, shifted_gates, _ = route(replace(inputs, logits=inputs.logits + shift), routing)
     assert torch.equal(ids, shifted_ids) and torch.allclose(gates, shifted_gates, atol=1e-9)
