@@ -493,6 +493,9 @@ class _Importer:
                 if not (described.has_default and type(value) is type(described.default) and value == described.default):
                     attributes[key] = value
         _resolve_open_sizes(name, attributes, types[0])
+        if name == "aten.rms_norm.default" and "eps" not in attributes:
+            # torch takes that of the element type, which a run in another precision would not know
+            attributes["eps"] = torch.finfo(results.dtype).eps
         if layout:
             attributes["operand_layout"] = tuple(layout)
         op = self._append(Operation.create(name, operands, types, attributes, [], self._location))
