@@ -304,7 +304,7 @@ def test_layers_that_lost_their_names_are_compared_as_a_whole(raised: Module) ->
     after = copy_of(raised)
     for op in after.main.walk():
         op.location = Location()
-    assert measured(raised, after) == [LayerChange("the whole model", 0.0, experts=8, experts_reached=8)]
+    assert measured(raised, after) == []
     rewrite_weight(after, stacks_of(expert_layer(after, 0)[1])[0], lambda stack: stack * 1.5)
     (change,) = measured(raised, after)
     assert change.layer == "the whole model" and change.error > 1e-2
