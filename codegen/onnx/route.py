@@ -76,12 +76,14 @@ class _Route:
         self.operands = operands
         self.experts = op.experts
         self.slots = self._static_slots(op)
+        # whether a dropped expert can come before a kept one
+        self.has_holes = bool(self.op.skip_ratio) or self.op.select is Select.FORCED or op.mask is not None
 
     def emit(self) -> Slots:
         op = self.op
         self.z = self._logits()
         if op.select is Select.SPARSEMIXER:
-            return self._finish(self._sparsemixer(), ordered=True)
+            return self._finish(self._sparsemixer())
         self.s = self._score(self.z)
         self._override()
         self.c = self._choice()
@@ -91,7 +93,7 @@ class _Route:
             Select.FORCED: self._forced,
         }.get(op.select, self._variable)
         ids, values, keep = select()
-        return self._finish(Slots(ids, self._gates(ids, values, keep), keep), ordered=op.select is not Select.FORCED)
+        return self._finish(Slots(ids, self._gates(ids, values, keep), keep))
 
     # stages 1 to 8: what experts are worth
 
@@ -116,15 +118,10 @@ class _Route:
         return z
 
     def _standard_deviation(self, z: ir.Value) -> ir.Value:
-        """Over the experts, with the divisor E - 1 as torch has it."""
+        """Of the E numbers of each row, with divisor E, [T, 1]."""
         b = self.b
         centred = b.op("Sub", z, b.op("ReduceMean", z, b.ints(-1), keepdims=1))
-        variance = b.op(
-            "Div",
-            b.op("ReduceSum", b.op("Mul", centred, centred), b.ints(-1), keepdims=1),
-            b.number(float(self.experts - 1)),
-        )
-        return b.op("Sqrt", variance)
+        return b.op("Sqrt", b.op("ReduceMean", b.op("Mul", centred, centred), b.ints(-1), keepdims=1))
 
     def _score(self, z: ir.Value) -> ir.Value:
         b = self.b
@@ -153,13 +150,20 @@ class _Route:
         c = self.s if op.choice_on is ChoiceOn.SCORE else self.z
         if self.operands.select_bias is not None:
             c = b.op("Add", c, self.operands.select_bias)
-        if not op.limits_groups:
-            return c
+        if op.limits_groups:
+            c = self._limit_groups(c)
+        if self.operands.mask is not None:
+            c = b.op("Where", self.operands.mask, c, b.constant(NEGATIVE_INFINITY))
+        return c
+
+    def _limit_groups(self, c: ir.Value) -> ir.Value:
+        """The choice values with `group_fill` outside the best groups."""
+        b, op = self.b, self.op
         grouped = self._by_group(c)
         if op.group_score is GroupScore.MAX:
             group_scores = b.op("ReduceMax", grouped, b.ints(2), keepdims=0)
         else:
-            best, _ = b.ops("TopK", grouped, b.ints(2), outputs=2, axis=-1)
+            best, _ = b.ops("TopK", grouped, b.ints(min(2, self.experts // op.groups)), outputs=2, axis=-1)
             group_scores = b.op("ReduceSum", best, b.ints(2), keepdims=0)
         _, chosen = b.ops("TopK", group_scores, b.ints(op.topk_groups), outputs=2, axis=-1)
         # [T, topk_groups, 1] == [groups], then any over the chosen ones: which groups stay
@@ -178,9 +182,11 @@ class _Route:
         b, op = self.b, self.op
         first, last = op.rank_offset, op.rank_offset + op.k
         values, ids = b.ops("TopK", self.c, b.ints(last), outputs=2, axis=-1)
+        keep = self._drop(ids, None, last)
         if first:
             values, ids = self._columns(values, first, last), self._columns(ids, first, last)
-        return ids, values, self._skip(ids, None, op.k)
+            keep = None if keep is None else self._columns(keep, first, last)
+        return ids, values, keep
 
     def _per_group_topk(self) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         b, op = self.b, self.op
@@ -191,13 +197,13 @@ class _Route:
         # groups come in order of their experts, so equal values keep the lower expert first
         values, order = b.ops("TopK", b.reshape(values, (-1, op.k)), b.ints(op.k), outputs=2, axis=-1)
         ids = b.op("GatherElements", ids, order, axis=1)
-        return ids, values, self._skip(ids, None, op.k)
+        return ids, values, self._drop(ids, None, op.k)
 
     def _forced(self) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         b, forced = self.b, self.operands.forced_ids
         assert forced is not None
-        keep = b.op("GreaterOrEqual", forced, b.integer(0))
         ids = b.op("Max", forced, b.integer(0))
+        keep = self._unmasked(ids, b.op("GreaterOrEqual", forced, b.integer(0)))
         return ids, b.op("GatherElements", self.c, ids, axis=1), keep
 
     def _variable(self) -> tuple[ir.Value, ir.Value, ir.Value | None]:
@@ -205,24 +211,23 @@ class _Route:
         b, op = self.b, self.op
         values, ids = b.ops("TopK", self.c, b.ints(self.experts), outputs=2, axis=-1)
         if op.select is Select.ALL:
-            keep = self._skip(ids, None, self.experts)
+            keep = self._drop(ids, None, self.experts)
         elif op.select is Select.THRESHOLD:
-            keep = self._skip(ids, b.op("Greater", values, b.number(op.p)), self.experts)
+            keep = self._drop(ids, b.op("Greater", values, b.number(op.p)), self.experts)
         else:
-            keep = self._skip(ids, self._probable(ids), self.experts)
+            keep = self._drop(ids, self._probable(ids), self.experts)
         if self.slots == self.experts:
             return ids, values, keep
+        if keep is not None and self.has_holes:
+            ids, values, keep = self._compact(ids, values, keep)
         ids, values = self._columns(ids, 0, self.slots), self._columns(values, 0, self.slots)
         return ids, values, None if keep is None else self._columns(keep, 0, self.slots)
 
     def _probable(self, ids: ir.Value) -> ir.Value:
-        """The shortest prefix of `ids` [T, E] whose scores reach p, within k_min and k_max; all of an unsure row."""
+        """The shortest prefix of `ids` [T, E] whose scores reach p, at least k_min; all of an unsure row."""
         b, op = self.b, self.op
         before = b.op("CumSum", b.op("GatherElements", self.s, ids, axis=1), b.integer(1), exclusive=1)
-        keep = b.op("Less", before, b.number(op.p))
-        ranks = np.arange(self.experts)[None]
-        keep = b.op("Or", keep, b.constant(ranks < op.k_min))
-        keep = b.op("And", keep, b.constant(ranks < self.slots))
+        keep = b.op("Or", b.op("Less", before, b.number(op.p)), b.constant(np.arange(self.experts)[None] < op.k_min))
         if op.select is Select.ENTROPY:
             keep = b.op("Or", keep, b.op("Greater", self._entropy(), b.number(op.entropy_threshold)))
         return keep
@@ -236,17 +241,24 @@ class _Route:
         total = b.op("ReduceSum", b.op("Pow", s, b.number(q)), b.ints(-1), keepdims=1)
         return b.op("Div", b.op("Sub", b.number(1.0), total), b.number(q - 1))
 
-    def _skip(self, ids: ir.Value, keep: ir.Value | None, width: int) -> ir.Value | None:
-        """Drops every slot but the first whose score is below `skip_ratio` of the first one's."""
+    def _drop(self, ids: ir.Value, keep: ir.Value | None, width: int) -> ir.Value | None:
+        """Drops masked experts, and every slot but the first whose score is below `skip_ratio` of the first one's."""
         b, op = self.b, self.op
-        if not op.skip_ratio:
+        if op.skip_ratio:
+            scores = b.op("GatherElements", self.s, ids, axis=1)
+            limit = b.op("Mul", self._columns(scores, 0, 1), b.number(op.skip_ratio))
+            first = b.constant((np.arange(width) == 0)[None])
+            strong = b.op("Or", b.op("GreaterOrEqual", scores, limit), first)
+            keep = strong if keep is None else b.op("And", keep, strong)
+        return self._unmasked(ids, keep)
+
+    def _unmasked(self, ids: ir.Value, keep: ir.Value | None) -> ir.Value | None:
+        b, mask = self.b, self.operands.mask
+        if mask is None:
             return keep
-        scores = b.op("GatherElements", self.s, ids, axis=1)
-        limit = b.op("Mul", self._columns(scores, 0, 1), b.number(op.skip_ratio))
-        strong = b.op("GreaterOrEqual", scores, limit)
-        first = np.arange(width) == 0
-        strong = b.op("Or", strong, b.constant(first[None]))
-        return strong if keep is None else b.op("And", keep, strong)
+        every_row = b.op("Expand", mask, b.op("Shape", self.operands.logits))
+        allowed = b.op("GatherElements", every_row, ids, axis=1)
+        return allowed if keep is None else b.op("And", keep, allowed)
 
     def _sparsemixer(self) -> Slots:
         """PhiMoE, evaluation: the best expert, then the best of the rest, each weighed among those close to it."""
@@ -289,19 +301,19 @@ class _Route:
                 gates = b.op("Expand", b.number(1.0), b.op("Shape", ids))
         return gates
 
-    def _finish(self, slots: Slots, *, ordered: bool) -> Slots:
+    def _finish(self, slots: Slots) -> Slots:
         b, op = self.b, self.op
         ids, gates, keep = slots.ids, slots.gates, slots.keep
         if keep is not None:
             gates = b.op("Where", keep, gates, b.number(0.0))
         if op.normalize is Normalize.SUM and op.norm_over is NormOver.SELECTED:
-            gates = self._normalized(gates)
+            gates = self._normalized(gates, keep)
         if op.null_experts:
             real = b.op("Less", ids, b.integer(self.experts - op.null_experts))
             keep = real if keep is None else b.op("And", keep, real)
             gates = b.op("Where", keep, gates, b.number(0.0))
         if op.normalize is Normalize.SUM and op.norm_over is NormOver.TRUE:
-            gates = self._normalized(gates)
+            gates = self._normalized(gates, keep)
         scale = self.operands.per_expert_scale
         if scale is not None:
             gates = b.op("Mul", gates, b.op("Gather", scale, ids, axis=0))
@@ -309,7 +321,7 @@ class _Route:
             gates = b.op("Mul", gates, b.number(op.scale))
         if keep is not None:
             ids = b.op("Where", keep, ids, b.integer(0))
-            if op.null_experts or op.skip_ratio or not ordered:
+            if op.null_experts or self.has_holes:
                 ids, gates, keep = self._compact(ids, gates, keep)
         return self._padded(ids, gates, keep)
 
@@ -323,13 +335,16 @@ class _Route:
         used = b.cast(b.op("GreaterOrEqual", ids, b.integer(0)) if keep is None else keep, DType.I64)
         return Slots(b.op("Pad", ids, pads), b.op("Pad", gates, pads), b.cast(b.op("Pad", used, pads), DType.I1))
 
-    def _normalized(self, gates: ir.Value) -> ir.Value:
+    def _normalized(self, gates: ir.Value, keep: ir.Value | None) -> ir.Value:
         b, op = self.b, self.op
         total = b.op("ReduceSum", gates, b.ints(-1), keepdims=1)
         if op.norm_min:
             total = b.op("Max", total, b.number(op.norm_min))
         elif op.norm_eps:
             total = b.op("Add", total, b.number(op.norm_eps))
+        elif keep is not None or op.score in (Score.RELU, Score.IDENTITY):
+            # a row whose gates are all zero stays zero
+            total = b.op("Where", b.op("Equal", total, b.number(0.0)), b.number(1.0), total)
         return b.op("Div", gates, total)
 
     def _compact(self, ids: ir.Value, gates: ir.Value, keep: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
