@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -65,13 +65,14 @@ class _Driver:
         self.changed_count: dict[str, int] = {}
         self.erased_count = 0
         self.refusals: dict[Operation, dict[Refusal, None]] = {}
-        self.recent: list[str] = []
+        # long enough to hold a whole round of a set of patterns that go in circles
+        self.recent: deque[str] = deque(maxlen=2 * len(self.worklist) + 20)
 
     def run(self) -> RewriteResult:
         converged = True
         while self.worklist:
             op, _ = self.worklist.popitem(last=False)
-            if self._erase_if_dead(op):
+            if op.parent is None or self._erase_if_dead(op):
                 continue
             self.refusals.pop(op, None)
             if not self._rewrite(op):
@@ -81,10 +82,11 @@ class _Driver:
                 converged = not self.worklist
                 break
         refusals = tuple(refusal for found in self.refusals.values() for refusal in found)
-        last = sorted(set(self.recent), key=lambda name: (-self.recent.count(name), name))
-        return RewriteResult(self.changed_count, self.erased_count, refusals, converged, tuple(last))
+        last = tuple(name for name, _ in Counter(self.recent).most_common())
+        return RewriteResult(self.changed_count, self.erased_count, refusals, converged, last)
 
     def _rewrite(self, op: Operation) -> bool:
+        operands = op.operands
         for pattern in self._patterns_for(op):
             rewriter = Rewriter(op, self, pattern.name)
             applied = pattern(op, rewriter)
@@ -94,9 +96,11 @@ class _Driver:
                 )
             if applied:
                 self.changed_count[pattern.name] = self.changed_count.get(pattern.name, 0) + 1
-                self.recent = [*self.recent[-19:], pattern.name]
+                self.recent.append(pattern.name)
                 if op.parent is not None:
                     self.changed(op)
+                # what the operation read before may be dead now
+                self._add_definers(operands)
                 return True
             for refused, refusal in rewriter.refusals:
                 self.refusals.setdefault(refused, {})[refusal] = None
@@ -125,10 +129,12 @@ class _Driver:
             self._add(result.users)
 
     def erasing(self, op: Operation) -> None:
-        for nested in op.walk():
+        going = dict.fromkeys(op.walk())
+        for nested in going:
             self.worklist.pop(nested, None)
             self.refusals.pop(nested, None)
-            self._add_definers(nested.operands)
+        for nested in going:
+            self._add_definers(value for value in nested.operands if value.defining_op not in going)
 
     def _add_definers(self, values: Iterable[Value]) -> None:
         for value in values:

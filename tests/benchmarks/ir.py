@@ -48,8 +48,8 @@ def large_module(operations: int) -> ModuleOp:
 def least(run: Callable[[], object], repeats: int = REPEATS) -> float:
     """The least CPU seconds of several runs: noise of a shared machine only ever adds."""
     best = float("inf")
+    gc.collect()
     for _ in range(repeats):
-        gc.collect()
         start = time.process_time()
         run()
         best = min(best, time.process_time() - start)
