@@ -17,7 +17,6 @@ from moec.codegen.onnx.graph import MICROSOFT, GraphBuilder
 from moec.ir.types import DType
 
 OPERATOR = "MoE"
-_INTEGERS = ("k", "swiglu_fusion", "normalize_routing_weights")
 _FLOATS = ("activation_alpha", "activation_beta", "swiglu_limit")
 
 
@@ -67,9 +66,15 @@ def fallback_function(opset: int, form: FallbackForm) -> ir.Function:
     nothing = b.op("Sub", x, x)
     result = b.op("Loop", count, always, nothing, body=body.to_graph("experts"))
     b.output(result, "output", None, None)
-    attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in _INTEGERS]
-    attributes += [ir.Attr(name, ir.AttributeType.FLOAT, None) for name in _FLOATS]
-    attributes.append(ir.Attr("activation_type", ir.AttributeType.STRING, None))
+    # exactly those that the nodes have: an evaluator may refuse to call a function without one of its attributes
+    attributes = [
+        ir.Attr("k", ir.AttributeType.INT, None),
+        ir.Attr("normalize_routing_weights", ir.AttributeType.INT, None),
+        ir.Attr("activation_type", ir.AttributeType.STRING, None),
+    ]
+    if form.activation is Activation.SWIGLU:
+        attributes.append(ir.Attr("swiglu_fusion", ir.AttributeType.INT, None))
+    attributes += [ir.Attr(name, ir.AttributeType.FLOAT, None) for name in _numbers_read(form)]
     return ir.Function(MICROSOFT, OPERATOR, graph=b.to_graph(OPERATOR), attributes=attributes)
 
 
