@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from moec.artifact.layer_signature import SegmentChange, Signature, compare_segments
 from moec.artifact.options import Check
 from moec.dialects.moe import ExpertsOp, RouteOp
-from moec.ir import Value
+from moec.ir import Type, Value
 from moec.reference.agreement import RouteRecord, compare_routes, record_route, relabelling, tie_tolerance
 from moec.reference.executor import Execution, Executor
 from moec.reference.frame import Frame, Observation
@@ -63,12 +63,15 @@ def measure_change(
     inputs: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
     *,
     check: Check = Check.CHANGED,
+    exact: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> list[LayerChange]:
     """Compares two versions of a model on the inputs of the old and of the new one.
 
     `inputs` with `attention_mask` [batch, seq] leave padding out of the comparison. `Check.CHANGED` measures layers
     that differ, each kind of change once, `Check.FULL` every layer; unchanged layers are then not in the result.
+    `exact`: only whether anything changed is asked, so that a layer may start from the output of any layer before it,
+    and those between are not computed.
     Raises what `Executor.run` raises.
     """
     if check is Check.NONE:
@@ -92,7 +95,7 @@ def measure_change(
             pair = (old.segments[position], new.segments[position])
             if position in todo and todo[position] is None:
                 changes[position] = comparison.measure(*pair)
-            else:
+            elif not (exact and comparison.skip(*pair, _read_later(old, new, todo, position))):
                 comparison.carry(*pair)
     for position, like in todo.items():
         if like is not None:
@@ -115,6 +118,13 @@ def _todo(differences: list[SegmentChange] | None, count: int) -> dict[int, int 
             first = measured.setdefault(difference.abstract, position)
             todo[position] = first if first != position else None
     return todo
+
+
+def _read_later(old: _Side, new: _Side, todo: Mapping[int, int | None], position: int) -> set[Value]:
+    """What the segments behind a position that will be measured read."""
+    measured = [at for at, like in todo.items() if like is None and at > position]
+    steps = [step for side in (old, new) for at in measured for step in side.segments[at].steps]
+    return {value for step in steps for op in step.op.walk() for value in op.operands}
 
 
 def _kept(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -176,6 +186,8 @@ class _Comparison:
     new: _Side
     kept: torch.Tensor | None
     tolerance: float
+    # outputs of the last computed segment whose type tells them apart
+    latest: dict[Type, torch.Tensor] = field(default_factory=dict)
 
     def measure(self, first: Segment, second: Segment) -> LayerChange:
         """Runs both versions of a segment from the same state; afterwards both stand behind it, in the same state."""
@@ -211,11 +223,13 @@ class _Comparison:
             side.execution.values.update(values)
         for a, b in matches:
             self.new.execution.values[second.outputs[b]] = outputs[a]
+        self._remember(first, outputs)
         return change
 
     def carry(self, first: Segment, second: Segment) -> None:
         """Runs the old version, and gives its outputs to the new one where they are all known."""
         outputs, _ = self.old.run(first)
+        self._remember(first, outputs)
         same = [value.type for value in first.outputs] == [value.type for value in second.outputs]
         if same:
             self.new.assume(second, dict(zip(second.outputs, outputs, strict=True)))
@@ -223,6 +237,24 @@ class _Comparison:
         new_outputs, _ = self.new.run(second)
         for a, b in _match(outputs, new_outputs):
             self.new.execution.values[second.outputs[b]] = outputs[a]
+
+    def skip(self, first: Segment, second: Segment, read_later: set[Value]) -> bool:
+        """Goes behind a segment as if it gave what came in; False where it gives something else that is read later."""
+        sides = ((self.old, first), (self.new, second))
+        needed = [[value for value in segment.outputs if value in read_later] for _, segment in sides]
+        hidden = [[value for value in segment.outputs if value.type in self.latest] for _, segment in sides]
+        if any(value.type not in self.latest for values in needed for value in values):
+            return False
+        for (side, segment), values in zip(sides, hidden, strict=True):
+            if len({value.type for value in values}) != len(values):
+                return False
+            side.assume(segment, {value: self.latest[value.type] for value in values})
+        return True
+
+    def _remember(self, segment: Segment, outputs: list[torch.Tensor]) -> None:
+        kinds = [value.type for value in segment.outputs]
+        found = {kind: tensor for kind, tensor in zip(kinds, outputs, strict=True) if kinds.count(kind) == 1}
+        self.latest = {kind: tensor for kind, tensor in found.items() if tensor.is_floating_point()}
 
     def _compare_routers(
         self, routes: list[RouteRecord], new_routes: list[RouteRecord], labels: list[torch.Tensor]

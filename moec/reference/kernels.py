@@ -19,11 +19,11 @@ Kernel = Callable[[Frame], Sequence[torch.Tensor]]
 Preparer = Callable[[Any], Kernel]
 PreparerT = TypeVar("PreparerT", bound=Preparer)
 
-_PREPARERS: dict[type[Operation], Preparer] = {}
+_PREPARERS: dict[type[Operation] | str, Preparer] = {}
 
 
-def prepares(kind: type[Operation]) -> Callable[[PreparerT], PreparerT]:
-    """Registers the preparer of an operation class and of its subclasses."""
+def prepares(kind: type[Operation] | str) -> Callable[[PreparerT], PreparerT]:
+    """Registers the preparer of an operation class and of its subclasses, or of one operation by its full name."""
 
     def register(preparer: PreparerT) -> PreparerT:
         _PREPARERS[kind] = preparer
@@ -34,7 +34,7 @@ def prepares(kind: type[Operation]) -> Callable[[PreparerT], PreparerT]:
 
 def prepare(op: Operation) -> Kernel:
     """The kernel of one operation; raises UnsupportedModelError where there is none."""
-    for kind in type(op).__mro__:
+    for kind in (op.name, *type(op).__mro__):
         if kind in _PREPARERS:
             return _PREPARERS[kind](op)
     raise UnsupportedModelError(f"the reference executor cannot compute {op.name}", where=str(op.location))

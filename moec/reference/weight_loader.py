@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -26,6 +27,20 @@ class WeightLoader:
         self.keep = keep
         self.overrides: Mapping[str, torch.Tensor] = {}
         self._kept: dict[tuple[WeightOp, int | None], torch.Tensor] = {}
+
+    def nbytes(self, op: WeightOp) -> int:
+        """Bytes of the tensor in the type of the run."""
+        kind = op.value.type
+        assert isinstance(kind, TensorType)
+        return math.prod(kind.static_shape) * self._types[kind.dtype].itemsize
+
+    def load_rows(self, op: WeightOp, start: int, stop: int) -> torch.Tensor:
+        """A part of the first dimension, which is never kept."""
+        kind = op.value.type
+        assert isinstance(kind, TensorType)
+        override = self.overrides.get(op.weight_name)
+        found = self._context.load(op.source, slice(start, stop)) if override is None else override[start:stop]
+        return found.to(self._types[kind.dtype])
 
     def load(self, op: WeightOp, index: int | None = None) -> torch.Tensor:
         """The tensor, or one row of its first dimension; raises UsageError where its shape is not the declared one."""

@@ -14,6 +14,7 @@ from moec.dialects.builtin import ConstantOp, FuncOp, ModuleOp, WeightOp
 from moec.dialects.moe import ExpertsOp
 from moec.errors import UnsupportedModelError, UsageError, VerificationError
 from moec.ir import DenseConstant, DType, Location, Operation, TensorType, Value, symbol
+from moec.reference import large_weights
 from moec.reference.executor import Executor
 from moec.reference.frame import Observation
 from moec.reference.layers import AFTER_LAYERS, BEFORE_LAYERS, layer_segments
@@ -241,6 +242,44 @@ def test_one_weight_at_a_time_is_in_memory() -> None:
         assert len(kept.loads) == 12 and kept.live == 0
     finally:
         gc.enable()
+
+
+def test_vocabulary_sized_weights_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_weights, "LARGE_BYTES", 4096)
+    rows, width = 500, 16
+
+    def build(ids: Value) -> Iterator[Operation]:
+        kind = f32(rows, width)
+        yield (table := WeightOp(result_types=[kind], weight_name="table", source="table"))
+        yield (bias := WeightOp(result_types=[f32(rows)], weight_name="bias", source="bias"))
+        embedded = aten.build("embedding.default", {"weight": table.value, "indices": ids}, (f32(B, S, width),))
+        yield embedded
+        operands: dict[str, Value | tuple[Value, ...]] = {
+            "input": embedded.result,
+            "weight": table.value,
+            "bias": bias.value,
+        }
+        yield aten.build("linear.default", operands, (f32(B, S, rows),))
+
+    tensors = {"table": torch.randn(rows, width), "bias": torch.randn(rows)}
+    ids = torch.tensor([[3, 499, 3], [0, 7, 7]])
+    expected = torch.nn.functional.linear(tensors["table"][ids], tensors["table"], tensors["bias"])
+    context = CountingContext(tensors)
+    module = module_of([TensorType((B, S), DType.I64)], build)
+    gc.disable()
+    try:
+        found = Executor(module, context).run({"a0": ids})["r0"]
+    finally:
+        gc.enable()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert context.peak <= 3 * 4096
+    gradients: list[torch.Tensor] = []
+    for limit in (4096, 1 << 30):
+        monkeypatch.setattr(large_weights, "LARGE_BYTES", limit)
+        table = tensors["table"].clone().requires_grad_()
+        output = Executor(module, tensors).run({"a0": ids}, overrides={"table": table})["r0"]
+        gradients += torch.autograd.grad(output.square().sum(), table)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-3)
 
 
 def test_experts_are_loaded_one_by_one() -> None:

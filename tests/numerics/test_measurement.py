@@ -20,6 +20,8 @@ from moec.reference.agreement import compare_routes, relabelling, routing_margin
 from moec.reference.executor import Executor
 from moec.reference.frame import Observation
 from moec.reference.route import RouteInputs
+from moec.weights.context import WeightContext
+from moec.weights.expression import Expression
 from moec.weights.store import WeightStore
 from tests.frontend.tiny_models import random_tokens, save_tiny_checkpoint
 from tests.numerics.language_models import inputs_of
@@ -234,6 +236,31 @@ def test_passes_that_change_inputs_and_routers(traced: Module, passes: str) -> N
     run_passes(after, f"canonicalize,cse,dce,raise-nn,{passes}")
     changes = measured(before, after, ids=random_tokens(2, 9))
     assert changes and all(change.error < EXACT for change in changes)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_layers_between_are_computed_only_where_errors_are_wanted(raised: Module, exact: bool) -> None:
+    after = copy_of(raised)
+    rewrite_weight(after, stacks_of(expert_layer(after, 3)[1])[0], lambda stack: stack * 1.5)
+    context = LoadingContext(raised.weights)
+    before, changed = replace(raised, weights=context), replace(after, weights=context)
+    inputs = (inputs_of(raised, IDS, torch.ones_like(IDS)),) * 2
+    (change,) = measure_change(before, changed, inputs, exact=exact)
+    assert change.layer == "model.layers.3" and change.error > 1e-2
+    assert any("model.layers.3." in source for source in context.loaded)
+    assert any("model.layers.2." in source for source in context.loaded) is not exact
+
+
+class LoadingContext(WeightContext):
+    """Notes what is loaded."""
+
+    def __init__(self, other: WeightContext) -> None:
+        super().__init__(other.checkpoint, other.store)
+        self.loaded: set[str] = set()
+
+    def load(self, expression: Expression | str, index: int | slice | None = None) -> torch.Tensor:
+        self.loaded.add(str(expression))
+        return super().load(expression, index)
 
 
 def test_padding_is_not_compared(raised: Module) -> None:
