@@ -64,6 +64,12 @@ def opt(
     source: Annotated[
         Path | None, typer.Option("--source", metavar="FOLDER", help="Model folder for passes that read weights.")
     ] = None,
+    plugins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--load-pass-plugin", metavar="FILE.py|MODULE", help="Import this, so that its passes can be named."
+        ),
+    ] = None,
     crash_reproducer: Annotated[
         Path | None,
         typer.Option(
@@ -101,6 +107,7 @@ def opt(
         source=source,
         crash_reproducer=crash_reproducer,
         run_reproducer=run_reproducer,
+        plugins=tuple(plugins or ()),
     )
     name, text = read_text(file)
     result = run_text(text, name, options, lambda message: print(message, file=sys.stderr))

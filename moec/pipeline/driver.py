@@ -20,7 +20,7 @@ from moec.ir.verifier import verify
 from moec.pipeline.diagnostics import check_diagnostics
 from moec.pipeline.instruments import IRPrinting, PassObserver, Timing
 from moec.pipeline.manager import PassManager, Pipeline
-from moec.pipeline.registry import clashes
+from moec.pipeline.registry import clashes, load_plugin
 from moec.pipeline.reproducer import read_reproducer
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class OptOptions:
     source: Path | None = None
     crash_reproducer: Path | None = None
     run_reproducer: bool = False
+    plugins: tuple[str, ...] = ()
 
 
 def read_text(file: str) -> tuple[str, str]:
@@ -92,6 +93,8 @@ def run_text(text: str, file: str, options: OptOptions, report: Report) -> str:
     if options.run_reproducer:
         found = read_reproducer(text, file)
         options = replace(options, pipeline=found.pipeline, seed=found.seed, verify_each=found.verify_each)
+    for plugin in options.plugins:
+        load_plugin(plugin)
     pipeline = Pipeline.parse(options.pipeline)
     used = {step.instance.pass_name for step in pipeline.passes}
     for clash in clashes():

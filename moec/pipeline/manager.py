@@ -37,15 +37,19 @@ class InvalidResultError(VerificationError):
 
 @dataclass(frozen=True)
 class PipelinePass:
-    """A pass at its place: its instance, what it runs on, and the distribution that it comes from."""
+    """A pass at its place: its instance, what it runs on, and the distribution that it comes from.
+
+    `qualified`: the distribution is part of the text, because it was in the text that was read.
+    """
 
     instance: Pass
     anchor: str = MODULE
     distribution: str = BUILTIN
+    qualified: bool = False
 
     def __str__(self) -> str:
         text = pass_text(self.instance)
-        if self.distribution != BUILTIN:
+        if self.qualified:
             text = f"{self.distribution}:{text}"
         return text if self.anchor == MODULE else f"{self.anchor}({text})"
 
@@ -89,7 +93,7 @@ def _build(items: Sequence[PipelineItem], anchor: str) -> list[PipelinePass]:
             raise PipelineError(
                 f"pass {item.name} runs on the whole module, not on {anchor}", hint=f"write it outside {anchor}(...)"
             )
-        found.append(PipelinePass(instance, wanted or anchor, entry.distribution))
+        found.append(PipelinePass(instance, wanted or anchor, entry.distribution, ":" in item.name))
     return found
 
 

@@ -8,11 +8,12 @@ A built-in keeps its name; `distribution:name` chooses another one.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,34 @@ def find_entry(name: str) -> PassEntry:
     if len(candidates) > 1 and candidates[0].distribution != BUILTIN:
         raise PipelineError(str(Clash(plain, tuple(candidates))))
     return candidates[0]
+
+
+def load_plugin(name: str) -> None:
+    """Imports a Python file, or a module by its dotted name, so that the passes in it can be named.
+
+    Raises:
+        PluginError: there is no such file or module, it fails on import, or it registers no pass.
+    """
+    module = Path(name).stem if name.endswith(".py") else name
+    try:
+        if name.endswith(".py"):
+            _import_file(Path(name))
+        else:
+            import_module(name)
+    except Exception as error:  # whatever a plug-in raises on import is its author's to repair
+        raise PluginError(f"the plug-in {name} fails on import: {type(error).__name__}: {error}") from error
+    if not any(found == module or found.startswith(f"{module}.") for found, _ in _classes):
+        raise PluginError(f"the plug-in {name} registers no pass", hint="decorate a class with @register_pass")
+
+
+def _import_file(path: Path) -> None:
+    spec = spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    module = module_from_spec(spec)
+    # dataclasses look up the module of a class by its name
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
 
 
 @cache
