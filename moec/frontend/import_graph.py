@@ -289,7 +289,7 @@ class _Importer:
             self.values[node] = self._import_scatter(node, name, arguments)
         elif name == "aten.slice.Tensor":
             self.values[node] = self._import_slice(node, arguments)
-        elif torch.Tag.nondeterministic_seeded in node.target.tags:
+        elif torch.Tag.nondeterministic_seeded in node.target.tags and arguments.get("dropout_p", _drops(name)):
             raise UnsupportedModelError(f"the model draws random numbers ({name})")
         elif node.target.namespace == "moec":
             self.values[node] = self._import_hook(node, name, arguments)
@@ -540,6 +540,11 @@ def import_body(digest: str, stacks: list[Any], location: Location) -> Region:
     importer.run()
     block.append(moe.YieldOp([importer.value(node) for node in outputs], result_types=[], location=location))
     return Region(block)
+
+
+def _drops(name: str) -> bool:
+    """Whether an operation that may draw random numbers does so by default."""
+    return name != "aten.scaled_dot_product_attention.default"
 
 
 def _by_name(node: fx.Node) -> dict[str, Any]:
