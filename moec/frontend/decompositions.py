@@ -33,7 +33,9 @@ KEPT = (
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
-    """The same program, functional, in core ATen operations and `KEPT`."""
+    """The same program, functional, in core ATen operations and `KEPT`, without the checks of its inputs' sizes."""
+    # They would be traced again as Python code, and each comparison in them become one more assumption.
+    program._guards_code = []
     table = torch.export.default_decompositions()
     for operation in KEPT:
         table.pop(operation, None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import sympy
 import torch
-from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, PythonMod
+from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
 
 from moec.errors import UnsupportedModelError
 from moec.ir.dimensions import DimExpr
@@ -59,7 +60,23 @@ class SizeTranslator:
                 return self._translate(expression.args[0]) // self._translate(expression.args[1])
             case Mod() | PythonMod():
                 return self._translate(expression.args[0]) % self._translate(expression.args[1])
+            case Min() | sympy.Min():
+                return functools.reduce(_minimum, map(self._translate, expression.args))
+            case Max() | sympy.Max():
+                return functools.reduce(_maximum, map(self._translate, expression.args))
         raise UnsupportedModelError(f"the size {expression} cannot be expressed with + - * // %")
+
+
+def _minimum(left: int | DimExpr, right: int | DimExpr) -> int | DimExpr:
+    """The smaller of two positive sizes in + - * //: `1 // (1 + left // right)` is 1 where left < right, else 0."""
+    if isinstance(left, int) and isinstance(right, int):
+        return min(left, right)
+    is_less = 1 // (1 + left // right)
+    return right + is_less * (left - right)
+
+
+def _maximum(left: int | DimExpr, right: int | DimExpr) -> int | DimExpr:
+    return left + right - _minimum(left, right)
 
 
 def _chunk_size(expression: FloorDiv) -> int | None:

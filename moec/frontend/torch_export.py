@@ -58,6 +58,7 @@ def load_torch(
         with marked.standing_for_experts() as stand_ins, exporting(where):
             axes = {name: {axis: Dim.AUTO for axis in (dynamic or {}).get(name, {})} or None for name in inputs}
             program = export(module, (), inputs, dynamic_shapes=axes, strict=False)
+            refuse_fixed_sizes(program, dynamic or {}, where)
             program = decompose(program)
             refuse_fixed_sizes(program, dynamic or {}, where)
     names = tuple(result_names) or _default_result_names(len(expected))

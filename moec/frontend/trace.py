@@ -20,6 +20,7 @@ from moec.frontend.empty_model import EmptyModel
 from moec.frontend.hooks import dispatching_to_hooks
 from moec.frontend.model_config import ModelSource
 from moec.frontend.size_guards import refuse_fixed_sizes
+from moec.frontend.symbolic_builtins import symbolic_builtins
 
 BATCH, SEQUENCE = "batch", "seq"
 _EXAMPLE_BATCH, _EXAMPLE_LENGTH = 2, 12
@@ -87,10 +88,12 @@ def trace_model(source: ModelSource, empty: EmptyModel) -> TracedModel:
         example = {name: torch.zeros(shape, dtype=torch.int64, device="cpu") for name in names}
     dynamic = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in names}
     where = f"{source.model_class.__name__} ({source.model_type})"
-    with torch.no_grad(), exporting(where), dispatching_to_hooks():
+    with torch.no_grad(), exporting(where), dispatching_to_hooks(), symbolic_builtins(model):
         program = export(wrapper.eval(), (), example, dynamic_shapes=dynamic, strict=False)
+        axes = {name: {0: BATCH, 1: SEQUENCE} for name in names}
+        refuse_fixed_sizes(program, axes, where, _longest(source))
         program = decompose(program)
-        refuse_fixed_sizes(program, {name: {0: BATCH, 1: SEQUENCE} for name in names}, where, _longest(source))
+        refuse_fixed_sizes(program, axes, where, _longest(source))
     output = "logits" if source.is_decoder else "last_hidden_state"
     return TracedModel(source, model, program, tuple(names), output)
 

@@ -77,6 +77,8 @@ _LATENT_ATTENTION = {"num_key_value_heads": 4, "head_dim": 8}
 SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"topk_method": "group_limited_greedy"},
     "gemma4_text": {"enable_moe_block": True},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "chunk_size": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -89,7 +91,7 @@ def small_config(model_type: str) -> PretrainedConfig:
         for name in names:
             if name in defaults and not isinstance(defaults[name], dict | list):
                 settings[name] = number
-    layers = next(settings[name] for name in ("num_hidden_layers", "n_layers", "num_layers") if name in settings)
+    layers = 3
     for name in _LAYER_LISTS:
         kinds = defaults.get(name)
         if isinstance(kinds, list) and kinds and isinstance(kinds[0], str):
