@@ -42,6 +42,7 @@ from moec.artifact.verification import bound_for, verification_batch, verify_mod
 from moec.codegen.onnx.targets import parse_target
 from moec.dialects.builtin import ModuleOp
 from moec.frontend.huggingface import load_huggingface
+from moec.ir import print_operation
 from moec.module import Module
 from moec.pipeline.base import Claim
 from moec.pipeline.instruments import Instrument
@@ -98,7 +99,8 @@ def compile_folder(
             manager = PassManager(pipeline, observers=(*observers, recorder), reproducer=reproducer)
             outcome = manager.run(module.op, weights=module.weights, module=module, seed=options.seed)
         with step("write IR"):
-            (folder / MODULE_FILE).write_text(module.print() + "\n", encoding="utf-8")
+            text = print_operation(module.op, locations=True)
+            (folder / MODULE_FILE).write_text(f"{text}\n", encoding="utf-8")
         with step("emit ONNX"):
             emit_folder(
                 module,

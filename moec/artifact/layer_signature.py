@@ -37,7 +37,7 @@ def compare_segments(
             _signature(first, old_values.__getitem__, _by_source),
             _signature(second, new_values.__getitem__, _by_source),
         )
-        numbers = _Numbers()
+        numbers = _Numbers(_own_arguments(after, second))
         abstract = (
             _signature(first, partial(numbers.outer, old_values), numbers.weight),
             _signature(second, partial(numbers.known_outer, new_values), numbers.known_weight),
@@ -59,6 +59,12 @@ class _Outer:
 def _argument_tokens(function: FuncOp) -> dict[Value, _Outer]:
     names = function.arg_names or tuple(range(len(function.arguments)))
     return {argument: _Outer(name) for name, argument in zip(names, function.arguments, strict=True)}
+
+
+def _own_arguments(function: FuncOp, segment: Segment) -> dict[Value, int]:
+    inside = {inner for step in segment.steps for inner in step.op.walk()}
+    own = [value for value in function.arguments if value.uses and inside.issuperset(value.users)]
+    return {value: number for number, value in enumerate(own)}
 
 
 def _name_outputs(
@@ -84,9 +90,11 @@ def _by_source(op: WeightOp) -> object:
 class _Numbers:
     """Weights and outer values by their order in the old version. What only the new version has keeps its name.
 
-    `novel`: weights of the new version alone.
+    `own`: arguments of the new version that no other segment reads, such as the cache of one layer; they go by number,
+    too. `novel`: weights of the new version alone.
     """
 
+    own: dict[Value, int]
     sources: dict[str, int] = field(default_factory=dict)
     outers: dict[_Outer, int] = field(default_factory=dict)
     novel: list[str] = field(default_factory=list)
@@ -103,7 +111,10 @@ class _Numbers:
         return self.outers.setdefault(tokens[value], len(self.outers))
 
     def known_outer(self, tokens: dict[Value, _Outer], value: Value) -> object:
-        return self.outers.get(tokens[value], tokens[value])
+        token = tokens[value]
+        if token not in self.outers and value in self.own:
+            return ("own", self.own[value])
+        return self.outers.get(token, token)
 
 
 def _signature(segment: Segment, outer: Callable[[Value], object], weight: WeightToken) -> Signature:
@@ -114,7 +125,7 @@ def _signature(segment: Segment, outer: Callable[[Value], object], weight: Weigh
             return local[value]
         if isinstance(value.defining_op, WeightOp):
             return ("weight", weight(value.defining_op), value.type)
-        return ("outer", outer(value))
+        return ("outer", outer(value), value.type)
 
     def describe(op: Operation) -> Signature:
         operands = tuple(operand(value) for value in op.operands)

@@ -31,7 +31,11 @@ class Difference:
 
 def first_difference(actual: Path, expected: Path) -> Difference | None:
     """Compares two ONNX files with their external data: nodes in order, then tensors by name. None if equal."""
-    ours, theirs = onnx_ir.load(actual), onnx_ir.load(expected)
+    try:
+        ours = onnx_ir.load(actual)
+    except Exception as error:  # protobuf, onnx_ir and the file system each have their own
+        return Difference(f"the graph cannot be read ({type(error).__name__}: {error})", "", actual.name)
+    theirs = onnx_ir.load(expected)
     return _differing_node(ours, theirs) or _differing_tensor(ours, theirs)
 
 

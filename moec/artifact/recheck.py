@@ -11,12 +11,12 @@ from moec.artifact.emission import emit_folder
 from moec.artifact.localisation import Difference, first_difference
 from moec.artifact.manifest import check_files
 from moec.artifact.measurements import VerificationRow
-from moec.artifact.opened import MODEL_FILE, Artifact
+from moec.artifact.opened import MODEL_FILE, MODULE_FILE, Artifact
 from moec.artifact.options import OptimizeFor, OutputDType
+from moec.artifact.summary import layer_of
 from moec.artifact.verification import verification_batch, verify_model
 from moec.errors import MoecError, VerificationError
 from moec.frontend.huggingface import load_huggingface
-from moec.ir import structural_difference
 from moec.module import Module
 from moec.pipeline.manager import PassManager, Pipeline
 
@@ -112,7 +112,18 @@ def _locate(artifact: Artifact, module: Module, original: Module, pipeline: Pipe
     if found is not None:
         return found
     PassManager(pipeline).run(original.op, weights=original.weights, module=original, seed=build.seed)
-    difference = structural_difference(module.op, original.op)
-    if difference is None:
-        return None
-    return Difference(f"the IR differs from what the passes make of the source: {difference}", "", "module.mlir")
+    return _differing_operation(module, original)
+
+
+def _differing_operation(module: Module, expected: Module) -> Difference | None:
+    """The first operation whose name or attributes are not what the passes make of the source."""
+    for mine, other in zip(module.op.walk(), expected.op.walk(), strict=False):
+        if mine.name != other.name or mine.attributes != other.attributes:
+            place = other.location.name or other.attributes.get("weight_name", other.name)
+            return Difference(
+                "an operation of the IR is not what the passes make of the source", layer_of(place), place
+            )
+    counts = [sum(1 for _ in item.op.walk()) for item in (module, expected)]
+    if counts[0] != counts[1]:
+        return Difference(f"the IR has {counts[0]} operations instead of {counts[1]}", "", MODULE_FILE)
+    return None

@@ -33,6 +33,7 @@ EXIT_INTERRUPTED = 130
 _EXHAUSTED = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than the system allows",
     errno.ENOMEM: "the machine has no memory left",
     errno.EMFILE: "too many files are open in this process",
     errno.ENFILE: "too many files are open on this machine",
