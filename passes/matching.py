@@ -11,7 +11,7 @@ from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import ConstantOp
 from moec.ir import DimExpr, DType, OpResult, TensorType, Value
 
-_VIEWS = ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")
+_VIEWS = ("view.default", "reshape.default", "_unsafe_view.default")
 _SCALAR_FORMATS = {DType.F64: "<d", DType.F32: "<f", DType.F16: "<e", DType.I64: "<q", DType.I32: "<i", DType.I1: "<?"}
 
 
@@ -110,16 +110,22 @@ def both_orders(op: AtenOp) -> Iterator[tuple[Value, Value]]:
         yield other, one
 
 
-def without_views(value: Value) -> Value:
-    """What `value` is a view of; the elements are the same, in the same order."""
-    while (op := made_by(value, *(name.removeprefix("aten.") for name in _VIEWS))) is not None:
-        value = op.operands[0]
-    return value
+def same(one: Value, other: Value, depth: int = 4) -> bool:
+    """Whether two values are equal by construction: one value, or the same pure operation on such ones."""
+    if one is other:
+        return True
+    if not isinstance(one, OpResult) or not isinstance(other, OpResult) or depth == 0 or one.index != other.index:
+        return False
+    left, right = one.owner, other.owner
+    alike = left.name == right.name and left.pure and not left.regions and left.attributes == right.attributes
+    if not alike or one.type != other.type or left.operand_count != right.operand_count:
+        return False
+    return all(same(a, b, depth - 1) for a, b in zip(left.operands, right.operands, strict=True))
 
 
 def is_view(value: Value) -> AtenOp | None:
     """The view or reshape that gives `value`."""
-    return made_by(value, *(name.removeprefix("aten.") for name in _VIEWS))
+    return made_by(value, *_VIEWS)
 
 
 @dataclass(frozen=True)

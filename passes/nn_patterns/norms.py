@@ -9,7 +9,7 @@ from __future__ import annotations
 from moec.dialects.aten import AtenOp
 from moec.dialects.nn import LayerNormOp, RMSNormOp
 from moec.ir import DType, Value
-from moec.passes.matching import added_number, both_orders, channel_vector, is_last_axis, made_by, tensor
+from moec.passes.matching import added_number, both_orders, channel_vector, is_last_axis, made_by, same, tensor
 from moec.rewrite import Rewriter, rewrite
 
 # torch.finfo(dtype).eps, which torch takes where rms_norm is given no epsilon
@@ -23,11 +23,13 @@ def raise_unweighted_norm(op: AtenOp, rewriter: Rewriter) -> bool:
         if tensor(x) != tensor(op.result) or not tensor(x).dtype.is_float:
             continue
         average, epsilon = added_number(root) or (root, 0.0)
-        if _mean_of_square(average) is x:
+        squared = _mean_of_square(average)
+        if squared is not None and same(squared, x):
             rewriter.replace_with(op, RMSNormOp(x, None, epsilon=epsilon))
             return True
         source = _centred(x)
-        if source is not None and _variance_of(average) is source:
+        variance = _variance_of(average)
+        if source is not None and variance is not None and same(variance, source):
             rewriter.replace_with(op, LayerNormOp(source, None, None, epsilon=epsilon))
             return True
     return False
@@ -153,7 +155,7 @@ def _mean_of_square(value: Value) -> Value | None:
     if power is not None and power.argument("exponent") == 2:
         return power.tensor("self")
     product = made_by(squared, "mul.Tensor")
-    if product is not None and product.tensor("self") is product.tensor("other"):
+    if product is not None and same(product.tensor("self"), product.tensor("other")):
         return product.tensor("self")
     square = made_by(squared, "square.default")
     return square.tensor("self") if square is not None else None
@@ -179,7 +181,7 @@ def _centred(value: Value) -> Value | None:
         return None
     source, average = difference.tensor("self"), difference.tensor("other")
     mean = made_by(average, "mean.dim")
-    if mean is not None and mean.tensor("self") is source and mean.argument("keepdim") and is_last_axis(mean):
+    if mean is not None and same(mean.tensor("self"), source) and mean.argument("keepdim") and is_last_axis(mean):
         return source
     both = made_by(average, "var_mean.correction")
     if both is not None and average is both.results[1] and both.tensor("self") is source and both.argument("keepdim"):

@@ -14,7 +14,7 @@ from moec.dialects.aten import AtenOp
 from moec.dialects.nn import RotaryOp
 from moec.ir import DimExpr, Value
 from moec.passes.building import Builder
-from moec.passes.matching import Part, both_orders, is_last_axis, is_view, made_by, part, shape, tensor
+from moec.passes.matching import Part, both_orders, is_last_axis, is_view, made_by, part, same, shape, tensor
 from moec.rewrite import Rewriter, rewrite
 
 Sizes = tuple[int | DimExpr, ...]
@@ -102,8 +102,14 @@ def raise_rotary(op: AtenOp, rewriter: Rewriter) -> bool:
 @rewrite("aten.cat.default")
 def widen_partial_rotary(op: AtenOp, rewriter: Rewriter) -> bool:
     """concat(rotary(x[:R]), x[R:]) ==> rotary(x), which lets the channels from R on pass"""
-    values = op.tensors("tensors")
-    if len(values) != 2 or not is_last_axis(op):
+    values = [value for value in op.tensors("tensors") if shape(value)[-1] != 0]
+    if not is_last_axis(op) or not values:
+        return False
+    if len(values) == 1 and tensor(values[0]) == tensor(op.result):
+        # all channels turn, and the ones behind them are an empty slice
+        rewriter.replace(op, values[0])
+        return True
+    if len(values) != 2:
         return False
     rotary = values[0].defining_op
     rest = part(values[1])
@@ -199,12 +205,7 @@ def _factors(value: Value) -> Iterator[tuple[Value, Value]]:
 
 
 def _is_product(value: Value, first: Value, second: Value) -> bool:
-    return any(_same(one, first) and _same(other, second) for one, other in _factors(value))
-
-
-def _same(one: Value, other: Value) -> bool:
-    """Whether two values are equal by construction: one value, or the same part of one value."""
-    return one is other or (part(one) is not None and part(one) == part(other))
+    return any(same(one, first) and same(other, second) for one, other in _factors(value))
 
 
 @dataclass(frozen=True)
