@@ -16,8 +16,8 @@ from moec.errors import UsageError
 ANCHORS = {"builtin.module": "builtin.module", "func.func": "func.func", "builtin.func": "func.func"}
 MAX_NESTING = 20
 
-_NAME = re.compile(r"[A-Za-z_][\w.\-]*(?::[A-Za-z_][\w.\-]*)?")
-_OPTION = re.compile(r"[A-Za-z_][\w\-]*")
+_NAME = re.compile(r"[A-Za-z_][\w.\-]*(?::[A-Za-z_][\w.\-]*)?", re.ASCII)
+_OPTION = re.compile(r"[A-Za-z_][\w\-]*", re.ASCII)
 _BARE_VALUE = re.compile(r"[^\s{}'\"]+")
 
 
