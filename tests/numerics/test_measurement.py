@@ -236,6 +236,7 @@ def test_passes_that_change_inputs_and_routers(traced: Module, passes: str) -> N
     run_passes(after, f"canonicalize,cse,dce,raise-nn,{passes}")
     changes = measured(before, after, ids=random_tokens(2, 9))
     assert changes and all(change.error < EXACT for change in changes)
+    assert changes[-2].same_as or changes[-1].same_as, "layers with caches of their own still changed alike"
 
 
 @pytest.mark.parametrize("exact", [False, True])
