@@ -1,7 +1,8 @@
 """The forms of `moe.experts` side by side, and the cost model's choice: `python -m tests.benchmarks.lowerings`.
 
-Twelve cells of experts, hidden size, width, experts per token and tokens. Each cell is one MoE layer with random weights
-on one thread; the forms take turns on fresh tokens, and the table shows medians; the bar of 1.15 is on `choice/best`. The lean form in a function is not measured apart: ONNX Runtime inlines it, so the same graph runs.
+Twelve cells of experts, hidden size, width, experts per token and tokens. Each cell is one MoE layer with random
+weights on one thread; the forms take turns on fresh tokens, and the table shows medians; the bar of 1.15 is on
+`choice/best`. The lean form in a function is not measured apart: ONNX Runtime inlines it, so the same graph runs.
 Two more tables: decode with 128 experts beside 8 of equal width, and the time to load a file by experts.
 """
 
