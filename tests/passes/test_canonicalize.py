@@ -103,8 +103,8 @@ REWRITES = {
         "return %x",
     ),
     "expand of expand": (
-        "%x: f32[1, 1, 4]",
-        """%a = expand.default(self=%x, size=[1, 6, 4]) -> f32[1, 6, 4]
+        "%x: f32[batch, 1, 1]",
+        """%a = expand.default(self=%x, size=[$batch, 6, 1]) -> f32[batch, 6, 1]
         %b = expand.default(self=%a, size=[$batch, 6, 4]) -> f32[batch, 6, 4]
         return %b""",
         """%b = expand.default(self=%x, size=[$batch, 6, 4]) -> f32[batch, 6, 4]
