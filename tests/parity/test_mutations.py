@@ -1,0 +1,131 @@
+"""`moec verify` finds damage that still loads and runs, and names the layer and the tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moec.artifact.compilation import compile_folder
+from moec.artifact.options import CompileOptions
+from moec.cli.main import main
+from tests.frontend.tiny_models import save_tiny_checkpoint
+from tests.parity.mutations import ArtifactEditor
+
+pytestmark = pytest.mark.xdist_group("mutations")
+
+LAYER = "model.layers.1"
+EXPERT_PARTS = ("gate_up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoint and its artifact; a model with biases, a router and a shared expert."""
+    root = tmp_path_factory.mktemp("mutations")
+    save_tiny_checkpoint("qwen2_moe", root / "checkpoint")
+    compile_folder(root / "checkpoint", root / "artifact", CompileOptions(verify=False))
+    return root
+
+
+@pytest.fixture
+def artifact(original: Path, tmp_path: Path) -> ArtifactEditor:
+    return ArtifactEditor(Path(shutil.copytree(original / "artifact", tmp_path / "artifact")))
+
+
+def verify(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    """Exit code and error text of `moec verify`."""
+    with pytest.raises(SystemExit) as caught:
+        main(["verify", str(folder), *options])
+    return int(caught.value.code or 0), capsys.readouterr().err
+
+
+def drop_a_bias(artifact: ArtifactEditor) -> None:
+    name = f"{LAYER}.self_attn.q_proj.bias"
+    artifact.write(name, np.zeros_like(artifact.read(name)))
+
+
+def swap_two_experts(artifact: ArtifactEditor) -> None:
+    for part in EXPERT_PARTS:
+        artifact.swap(f"{LAYER}.mlp.experts.{part}.2", f"{LAYER}.mlp.experts.{part}.5")
+
+
+def swap_two_router_rows(artifact: ArtifactEditor) -> None:
+    name = f"{LAYER}.mlp.gate.weight.transposed"
+    matrix = artifact.read(name)
+    matrix[:, [1, 6]] = matrix[:, [6, 1]]
+    artifact.write(name, matrix)
+
+
+MUTATIONS = [
+    pytest.param(drop_a_bias, "self_attn.q_proj.bias", id="bias dropped"),
+    pytest.param(swap_two_experts, "mlp.experts.gate_up_proj.2", id="experts swapped"),
+    pytest.param(swap_two_router_rows, "mlp.gate.weight", id="router rows swapped"),
+]
+
+
+def test_an_untouched_artifact_passes(
+    artifact: ArtifactEditor, original: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(artifact.folder, capsys, "--against", str(original / "checkpoint")) == (0, "")
+
+
+@pytest.mark.parametrize(("mutate", "tensor"), MUTATIONS)
+def test_numbers_tell(
+    artifact: ArtifactEditor,
+    original: Path,
+    capsys: pytest.CaptureFixture[str],
+    mutate: Callable[[ArtifactEditor], None],
+    tensor: str,
+) -> None:
+    mutate(artifact)
+    artifact.sign_again()
+    code, error = verify(artifact.folder, capsys, "--against", str(original / "checkpoint"))
+    assert code == 4
+    assert f"{LAYER}.{tensor}" in error
+    assert "largest difference" in error
+
+
+def test_one_byte(artifact: ArtifactEditor, original: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"{LAYER}.mlp.experts.down_proj.3"
+    offset, _ = artifact.place(name)
+    content = bytearray(artifact.data_file.read_bytes())
+    content[offset + 4 * 100] ^= 1  # the last bit of one weight: far below what a comparison of logits could see
+    artifact.data_file.write_bytes(content)
+    code, error = verify(artifact.folder, capsys, "--against", str(original / "checkpoint"))
+    assert code == 4
+    assert name in error
+    assert "element 100" in error
+    assert "a file of the artifact is not the one that was compiled" in error
+
+
+def test_renormalisation_flipped_in_the_artifact(
+    artifact: ArtifactEditor, original: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = artifact.folder / "module.mlir"
+    text = path.read_text(encoding="utf-8")
+    before = "#moe.routing<choice_on = #moe.choice_on<logit>, k = 2>"
+    position = text.rindex(before)
+    after = before.replace("k = 2", "k = 2, normalize = #moe.normalize<sum>")
+    path.write_text(text[:position] + after + text[position + len(before) :], encoding="utf-8")
+    artifact.sign_again()
+    code, error = verify(artifact.folder, capsys, "--against", str(original / "checkpoint"))
+    assert code == 4
+    assert LAYER in error
+    assert "mlp.experts" in error
+
+
+def test_renormalisation_flipped_in_the_source(
+    artifact: ArtifactEditor, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(original / "checkpoint", tmp_path / "checkpoint"))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["norm_topk_prob"] = not config["norm_topk_prob"]
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    code, error = verify(artifact.folder, capsys, "--against", str(source))
+    assert code == 4
+    assert "model.layers.0" in error
+    assert "mlp" in error
