@@ -49,6 +49,11 @@ def _choice_is_by_order(op: RouteOp) -> bool:
     )
 
 
+def _leaves_out(op: RouteOp) -> bool:
+    """Whether an expert may have score 0, or no chance to be chosen."""
+    return op.mask is not None or op.score_override is not None or op.routing.limits_groups
+
+
 @rewrite(RouteOp)
 def select_all(op: RouteOp, rewriter: Rewriter) -> bool:
     """topk of all experts, topp with p >= 1 ==> all, or topk; per_group_topk of one group ==> topk"""
@@ -56,8 +61,8 @@ def select_all(op: RouteOp, rewriter: Rewriter) -> bool:
     experts = op.experts
     if routing.select is Select.PER_GROUP_TOPK and routing.groups == 1:
         routing = replace(routing, select=Select.TOPK)
-    if routing.select is Select.TOPP and routing.p >= 1:
-        # in exact arithmetic the scores before an expert never sum up to 1
+    if routing.select is Select.TOPP and routing.p >= 1 and not _leaves_out(op):
+        # in exact arithmetic the scores before an expert never sum up to 1, as its own is not zero
         routing = replace(routing, select=Select.TOPK, k=routing.slots(experts), p=0.0, k_min=1, k_max=0)
     whole = routing.k == experts and not routing.rank_offset and not routing.limits_groups
     if routing.select is Select.TOPK and whole and routing.k_max in (0, experts):

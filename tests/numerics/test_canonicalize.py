@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.dialects.builtin import FuncOp, ModuleOp
-from moec.dialects.moe import RouteOp, Routing, Select
+from moec.dialects.moe import Normalize, RouteOp, Routing, Score, Select
 from moec.ir import DimExpr, DType, TensorType
 from moec.reference.executor import Executor
 from moec.reference.route import RouteInputs, route
@@ -46,7 +46,7 @@ def canonical(routing: Routing, inputs: RouteInputs) -> Routing:
     return found.routing
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(routings(), st.integers(0, 10**6), OPERANDS)
 def test_routing(routing: Routing, seed: int, operands: frozenset[str]) -> None:
     inputs = make_inputs(routing, seed, operands)
@@ -55,6 +55,17 @@ def test_routing(routing: Routing, seed: int, operands: frozenset[str]) -> None:
     new_ids, new_gates, new_count = route(inputs, rewritten)
     assert torch.equal(ids, new_ids) and torch.equal(count, new_count)
     assert torch.allclose(gates, new_gates, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(Score)), st.sampled_from(list(Normalize)), st.integers(0, 10**6), OPERANDS)
+def test_routing_to_all_experts(score: Score, normalize: Normalize, seed: int, operands: frozenset[str]) -> None:
+    routing = Routing(k=EXPERTS, score=score, normalize=normalize)
+    inputs = make_inputs(routing, seed, operands)
+    rewritten = canonical(routing, inputs)
+    assert rewritten.select is Select.ALL
+    for before, after in zip(route(inputs, routing), route(inputs, rewritten), strict=True):
+        assert torch.allclose(before, after, rtol=1e-9, atol=1e-12)
 
 
 def test_random_routings_are_rewritten_often_enough() -> None:

@@ -286,6 +286,10 @@ ROUTINGS_THAT_STAY = {
         Routing(select=Select.THRESHOLD, p=0.2, normalize=Normalize.SUM),
         "more than the order of the scores matters to the choice",
     ),
+    "topp of everything among the best groups": (
+        Routing(select=Select.TOPP, p=1.0, groups=4, topk_groups=2, choice_on=ChoiceOn.LOGIT),
+        "",
+    ),
     "no renormalisation": (PLAIN, ""),
     "sigmoid divided by its sum": (
         Routing(k=2, score=Score.SIGMOID, normalize=Normalize.SUM, choice_on=ChoiceOn.LOGIT),
