@@ -66,8 +66,7 @@ class Module:
 
     def __repr__(self) -> str:
         inputs = ", ".join(
-            f"{name}: {argument.type}"
-            for name, argument in zip(self.main.arg_names, self.main.arguments, strict=True)
+            f"{name}: {argument.type}" for name, argument in zip(self.main.arg_names, self.main.arguments, strict=True)
         )
         outputs = ", ".join(self.main.result_names)
         counts = self.operation_counts()

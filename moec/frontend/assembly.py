@@ -38,7 +38,9 @@ def uninitialised(kind: TensorType) -> Assembly:
     return Assembly(kind, 0, (Piece(0, kind.shape[0], None),))
 
 
-def overwrite(base: Assembly | Value, value: Value, dim: int, start: Size, stop: Size, block: Block, at: Location) -> Assembly:
+def overwrite(
+    base: Assembly | Value, value: Value, dim: int, start: Size, stop: Size, block: Block, at: Location
+) -> Assembly:
     """`base` with `value` in start..stop along `dim`. Parts of the base that remain are sliced in `block`."""
     kind = base.kind if isinstance(base, Assembly) else base.type
     assert isinstance(kind, TensorType)
@@ -87,9 +89,7 @@ def _before(left: Size, right: Size) -> bool:
     return difference >= 0
 
 
-def _part(
-    piece: Piece, start: Size, stop: Size, kind: TensorType, dim: int, block: Block, at: Location
-) -> Piece:
+def _part(piece: Piece, start: Size, stop: Size, kind: TensorType, dim: int, block: Block, at: Location) -> Piece:
     if piece.value is None:
         return Piece(start, stop, None)
     shape = (*kind.shape[:dim], stop - start, *kind.shape[dim + 1 :])

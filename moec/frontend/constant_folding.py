@@ -1,4 +1,4 @@
-"""What a traced program computes from nothing but its own constants: rotary frequencies, position tables, masks of fixed size."""
+"""What a traced program computes from nothing but its own constants: rotary frequencies, position tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ConstantFolder:
                 self._foldable.add(node)
 
     def is_constant(self, node: fx.Node) -> bool:
-        """Whether `value` would give this node's value and it is worth a constant: not a lone factory such as `full`."""
+        """Whether `value` gives this node's value and it deserves a constant: not a lone factory such as `full`."""
         return node in self._foldable and (node.op == "placeholder" or bool(node.all_input_nodes))
 
     def is_factory(self, node: fx.Node) -> bool:

@@ -38,5 +38,6 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     program._guards_code = []
     table = torch.export.default_decompositions()
     for operation in KEPT:
-        table.pop(operation, None)
-    return program.run_decompositions(table)
+        table.pop(operation, None)  # type: ignore[no-untyped-call]
+    decomposed: ExportedProgram = program.run_decompositions(table)
+    return decomposed

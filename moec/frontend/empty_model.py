@@ -1,7 +1,7 @@
 """A transformers model with its shape but without its weights.
 
-Parameters and persistent buffers become fake CPU tensors, which have a shape and no memory. Non-persistent buffers (rotary
-frequencies, embedding scales) are not in any checkpoint: transformers computes them, and so they are real here.
+Parameters and persistent buffers become fake CPU tensors, which have a shape and no memory. Non-persistent buffers
+(rotary frequencies, embedding scales) are not in any checkpoint: transformers computes them, so they are real here.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def _compute_buffers(model: PreTrainedModel, where: str) -> None:
     for owner, name, full_name in buffers:
         value = owner._buffers[name]
         assert value is not None
-        poisoned = value.isnan() if value.is_floating_point() or value.is_complex() else value == _integer_poison(value.dtype)
+        poisoned = (
+            value.isnan() if value.is_floating_point() or value.is_complex() else value == _integer_poison(value.dtype)
+        )
         if value.device.type == "meta" or (value.dtype != torch.bool and bool(poisoned.any())):
             raise UnsupportedModelError(f"transformers does not compute the buffer {full_name!r}", where=where)
 

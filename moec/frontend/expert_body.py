@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,8 @@ class ExpertBody:
     def run(self, tokens: torch.Tensor, slices: Iterable[torch.Tensor]) -> torch.Tensor:
         """The expert's output [tokens, H] on real tensors."""
         result = torch.fx.Interpreter(self.program.graph_module).run(*self._lifted(), tokens, *slices)
-        return result[0] if isinstance(result, tuple | list) else result
+        output: torch.Tensor = result[0] if isinstance(result, tuple | list) else result
+        return output
 
     def _lifted(self) -> list[torch.Tensor]:
         constants = {**self.program.state_dict, **self.program.constants}
@@ -67,8 +69,8 @@ def trace_expert(
 ) -> ExpertBody:
     """Traces `function(tokens [tokens, hidden_size], *slices)` where the slices have the given (name, shape).
 
-    Equal computations give the same object. Raises UnsupportedModelError, naming `where`, if it cannot be traced or does
-    not map [tokens, hidden_size] to the same shape.
+    Equal computations give the same object. Raises UnsupportedModelError, naming `where`, if it cannot be traced or
+    does not map [tokens, hidden_size] to the same shape.
     """
     example = torch.zeros(3, hidden_size, device="meta")
     slices = [torch.zeros(shape, device="meta") for _, shape in stacks]
@@ -86,7 +88,9 @@ def trace_expert(
     output = next(iter(program.graph.find_nodes(op="output"))).args[0][0].meta["val"]
     if output.ndim != 2 or output.shape[1] != hidden_size:
         raise UnsupportedModelError(f"one expert maps {hidden_size} features to {tuple(output.shape)}", where=where)
-    text = program.graph_module.print_readable(print_output=False) + repr([(name, tuple(shape)) for name, shape in stacks])
+    text = program.graph_module.print_readable(print_output=False) + repr(
+        [(name, tuple(shape)) for name, shape in stacks]
+    )
     constants = [value for value in program.constants.values() if isinstance(value, torch.Tensor)]
     digest = hashlib.sha256(text.encode())
     for constant in constants:
@@ -110,7 +114,7 @@ def stacked_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, module.get_parameter(name)) for name in names]
 
 
-def trace_stacked_experts(module: nn.Module, where: str) -> ExpertBody:
+def trace_stacked_experts(module: Any, where: str) -> ExpertBody:
     """The body of a module that `is_stacked_experts`."""
 
     def one_expert(tokens: torch.Tensor, *slices: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ class ExpertsAdapter:
     """How to trace every module of the class `block`.
 
     `experts(block)` gives its experts: modules of equal structure that map [T, H] to [T, H], or `StackedExperts`.
-    `forward(block, run_experts, *arguments)` is the block's forward, with `run_experts` in place of the loop over experts.
+    `forward(block, run_experts, *arguments)` is the block's forward, with `run_experts` in place of its loop.
     """
 
     block: type[nn.Module]
@@ -134,7 +134,7 @@ class MarkedBlocks:
                 )
             marked.hidden_size = int(tokens.shape[1])
             result = torch.zeros_like(tokens)
-            for expert in ids.unique().tolist():
+            for expert in sorted(set(ids.flatten().tolist())):
                 token, slot = torch.where(ids == expert)
                 slices = [stack[expert] for stack in marked.experts.stacks]
                 result.index_add_(0, token, marked.experts.function(tokens[token], *slices) * gates[token, slot, None])

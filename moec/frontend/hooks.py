@@ -1,11 +1,11 @@
 """The operations that stand for attention, masks and experts in a trace, and their registration with transformers.
 
 transformers dispatches attention, mask creation and expert computation through three registries. While
-`dispatching_to_hooks` is open, each of them gives a single opaque operation, so that every architecture traces to the same
-few nodes:
+`dispatching_to_hooks` is open, each of them gives a single opaque operation, so that every architecture traces to the
+same few nodes:
 
 - `moec::attention_mask(padding [B, T] bool, q_length, causal, window, chunk) -> [B, 1, S, T] bool` (True = attend)
-- `moec::unsupported_mask(padding, q_length, reason)`: a mask that no such operation expresses; an error only where it is used
+- `moec::unsupported_mask(padding, q_length, reason)`: a mask that the first cannot express; an error only if used
 - `moec::attention(query [B, Hq, S, D], key [B, Hk, T, D], value [B, Hk, T, Dv], mask?, sinks? [Hq], scale, softcap)
   -> [B, S, Hq, Dv]`
 - `moec::experts(x [T, H], ids [T, K], gates [T, K], weights [E, ...]..., body) -> [T, H]`
@@ -33,7 +33,9 @@ EXPERTS_HOOK = "moec"
 BODY_ATTRIBUTE = "_moec_expert_body"
 
 # Arguments of an attention function that change nothing in evaluation mode or that the mask already contains.
-_HARMLESS_ARGUMENTS = frozenset({"dropout", "sliding_window", "position_ids", "output_attentions", "use_cache", "training"})
+_HARMLESS_ARGUMENTS = frozenset(
+    {"dropout", "sliding_window", "position_ids", "output_attentions", "use_cache", "training"}
+)
 
 
 @torch.library.custom_op("moec::attention_mask", mutates_args=())
@@ -115,9 +117,7 @@ def experts(
 
 
 @experts.register_fake
-def _(
-    x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, weights: list[torch.Tensor], body: str
-) -> torch.Tensor:
+def _(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, weights: list[torch.Tensor], body: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
@@ -155,7 +155,7 @@ def _mask_hook(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
+    q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: torch.Tensor | None = None,
@@ -170,8 +170,10 @@ def _mask_hook(
     try:
         pattern = AttentionMaskPattern(causal=True) if mask_function is None else probe_mask_function(mask_function)
     except UnsupportedModelError as error:
-        return torch.ops.moec.unsupported_mask(padding, q_length, str(error))
-    return torch.ops.moec.attention_mask(padding, q_length, pattern.causal, pattern.window, pattern.chunk)
+        refused: torch.Tensor = torch.ops.moec.unsupported_mask(padding, q_length, str(error))
+        return refused
+    mask: torch.Tensor = torch.ops.moec.attention_mask(padding, q_length, pattern.causal, pattern.window, pattern.chunk)
+    return mask
 
 
 def _additive_mask_hook(dtype: torch.dtype = torch.float32, **arguments: Any) -> torch.Tensor:
@@ -229,6 +231,9 @@ def _experts_hook(
 ) -> torch.Tensor:
     body = getattr(module, BODY_ATTRIBUTE, None)
     if not isinstance(body, str):
-        raise UnsupportedModelError("an expert block was reached whose body was not traced", where=type(module).__name__)
+        raise UnsupportedModelError(
+            "an expert block was reached whose body was not traced", where=type(module).__name__
+        )
     weights = [parameter for _, parameter in stacked_parameters(module)]
-    return torch.ops.moec.experts(hidden_states, top_k_index, top_k_weights, weights, body)
+    result: torch.Tensor = torch.ops.moec.experts(hidden_states, top_k_index, top_k_weights, weights, body)
+    return result

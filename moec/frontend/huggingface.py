@@ -7,6 +7,7 @@ from typing import Any
 
 from moec.frontend.checkpoint_mapping import CheckpointMapping, map_checkpoint
 from moec.frontend.empty_model import build_empty_model
+from moec.frontend.graph_importer import ImportNames
 from moec.frontend.import_graph import ImportOptions, first_names, import_program
 from moec.frontend.model_config import CONFIG_FILE, read_config, resolve_model
 from moec.frontend.trace import BATCH, MODEL_PREFIX, SEQUENCE, TracedModel, trace_model
@@ -20,12 +21,12 @@ from moec.weights.store import WeightStore
 def load_huggingface(folder: str | Path, store: WeightStore | None = None) -> Module:
     """Traces the model in `folder` and ties its parameters to the checkpoint's tensors; no weight is read.
 
-    `store`: where passes put the tensors that they compute. The function `main` maps `input_ids`, `attention_mask` and, where
-    the model reads them, `position_ids` or `token_type_ids`, all [batch, seq] int64, to `logits` [batch, seq, vocabulary]
-    (decoders) or `last_hidden_state` [batch, seq, hidden] (encoders), in float32.
+    `store`: where passes put the tensors that they compute. The function `main` maps `input_ids`, `attention_mask` and,
+    where the model reads them, `position_ids` or `token_type_ids`, all [batch, seq] int64, to `logits`
+    [batch, seq, vocabulary] (decoders) or `last_hidden_state` [batch, seq, hidden] (encoders), in float32.
 
-    Raises UsageError, UnsupportedModelError or UnsafeInputError as `read_config`, `Checkpoint.open`, `map_checkpoint` and
-    `trace_model` do.
+    Raises UsageError, UnsupportedModelError or UnsafeInputError as `read_config`, `Checkpoint.open`, `map_checkpoint`
+    and `trace_model` do.
     """
     folder = Path(folder)
     values = read_config(folder)
@@ -60,10 +61,8 @@ def import_options(traced: TracedModel, sources: dict[str, str]) -> ImportOption
     """How a traced transformers model is imported, given the weight expression text of each of its parameters."""
     sizes = (symbol(BATCH), symbol(SEQUENCE))
     return ImportOptions(
-        prefix=MODEL_PREFIX,
-        sources=sources,
-        aliases=first_names(traced.model),
-        inputs={name: sizes for name in traced.input_names},
+        names=ImportNames(MODEL_PREFIX, sources, first_names(traced.model)),
+        inputs=dict.fromkeys(traced.input_names, sizes),
         result_names=(traced.output_name,),
     )
 
@@ -75,10 +74,8 @@ def _without_quantization(values: dict[str, Any]) -> dict[str, Any]:
 
 def _unused(mapping: CheckpointMapping, used_weights: tuple[str, ...]) -> dict[str, str]:
     read = set(used_weights)
-    read_tensors = {
-        reference.name for name in read for reference in mapping.expressions[name].references()
-    }
-    unused = {name: "transformers ignores it for this model" for name in mapping.ignored}
+    read_tensors = {reference.name for name in read for reference in mapping.expressions[name].references()}
+    unused = dict.fromkeys(mapping.ignored, "transformers ignores it for this model")
     unused.update(
         (name, "belongs to a part that the output does not depend on")
         for name in mapping.used

@@ -30,14 +30,15 @@ class LocationReader:
         trace = node.meta.get("stack_trace") or ""
         key = (name, trace)
         if key not in self._known:
-            self._known[key] = Location(name=name, **_position(trace))
+            file, line = _position(trace)
+            self._known[key] = Location(name, file, line, 1 if file else 0)
         return self._known[key]
 
 
-def _position(trace: str) -> dict[str, str | int]:
+def _position(trace: str) -> tuple[str, int]:
     frames = [(file, line) for file, line in _FRAME.findall(trace) if not any(part in file for part in _MACHINERY)]
     if not frames:
-        return {}
+        return "", 0
     file, line = frames[-1]
     parts = PurePath(file).parts
     if "site-packages" in parts:
@@ -45,4 +46,4 @@ def _position(trace: str) -> dict[str, str | int]:
         short = "/".join(parts[start:])
     else:
         short = parts[-1]
-    return {"file": short, "line": int(line), "column": 1}
+    return short, int(line)

@@ -1,8 +1,8 @@
 """What an attention mask function of transformers means, found out by asking it about single positions.
 
-transformers describes masks as closures `mask_function(batch, head, query, key) -> bool`. The closures carry no names to
-rely on (models compose their own), but a closure can be called: this module evaluates it on chosen positions and accepts
-exactly those patterns that `nn.attention_mask` can express.
+transformers describes masks as closures `mask_function(batch, head, query, key) -> bool`. The closures carry no names
+to rely on (models compose their own), but a closure can be called: this module evaluates it on chosen positions and
+accepts exactly those patterns that `nn.attention_mask` can express.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class AttentionMaskPattern:
 
     def allows(self, query: torch.Tensor, key: torch.Tensor, left_padding: torch.Tensor) -> torch.Tensor:
         """Boolean tensor of the broadcast shape of the three integer tensors."""
-        allowed = torch.ones(torch.broadcast_shapes(query.shape, key.shape, left_padding.shape), dtype=torch.bool)
+        allowed = (query + key + left_padding) >= 0
         if self.causal:
             allowed = allowed & (key <= query)
         if self.window:
@@ -100,7 +100,9 @@ def _first_query_beyond_reach(function: MaskFunction) -> int | None:
 def _agrees(function: MaskFunction, pattern: AttentionMaskPattern, left_padding: torch.Tensor) -> bool:
     extent = pattern.window or pattern.chunk or 16
     marks = torch.tensor([0, extent, 2 * extent, 3 * extent, 7 * extent])
-    positions = torch.unique(torch.cat([torch.arange(24), (marks[:, None] + torch.arange(-4, 5)).flatten()]).clamp(min=0))
+    positions = torch.unique(
+        torch.cat([torch.arange(24), (marks[:, None] + torch.arange(-4, 5)).flatten()]).clamp(min=0)
+    )
     # Before its first token a padded row has no meaning, and floor division of negative numbers differs between users.
     positions = positions[positions >= max(_PROBED_PADDING)]
     seen = _ask(function, positions, positions)

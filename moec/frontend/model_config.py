@@ -80,7 +80,9 @@ def check_config(values: dict[str, Any], where: str) -> None:
         for key in _IMPLEMENTATION_KEYS:
             name = section.get(key)
             if isinstance(name, str) and ("/" in name or ":" in name or "@" in name):
-                raise UnsafeInputError(f"{key} = {name!r} asks for code from the hub", where=where, hint=f"remove {key}")
+                raise UnsafeInputError(
+                    f"{key} = {name!r} asks for code from the hub", where=where, hint=f"remove {key}"
+                )
         experts, top_k = _first(section, _EXPERT_COUNT_KEYS), _first(section, _TOP_K_KEYS)
         if experts is not None and top_k is not None and 0 < experts < top_k:
             raise UnsupportedModelError(f"{top_k} experts per token, but only {experts} experts", where=where)
@@ -118,9 +120,12 @@ def resolve_model(values: dict[str, Any], where: str) -> ModelSource:
     base = _names(MODEL_MAPPING_NAMES.get(model_type))
     declared = values.get("architectures") or []
     name = str(declared[0]) if declared else (masked or causal or base or [""])[0]
-    model_class = getattr(transformers, name, None) if name.isidentifier() else None
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise UnsupportedModelError(f"transformers has no model class {name!r} for model_type {model_type!r}", where=where)
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"transformers has no model class {name!r} for model_type {model_type!r}", where=where
+        )
+    model_class: Any = found
     if not isinstance(config, model_class.config_class):
         raise UnsupportedModelError(f"{name} is not a model of model_type {model_type!r}", where=where)
     is_decoder = name in causal

@@ -31,8 +31,8 @@ def refuse_fixed_sizes(
 ) -> None:
     """Raises UnsupportedModelError if an axis of an input that must be of any size is not, in the traced program.
 
-    `dynamic` gives the meaning of each such axis by input name. Axes of one meaning have one size. `largest`: the size of a
-    meaning up to which the model itself is defined, such as the length of its position table.
+    `dynamic` gives the meaning of each such axis by input name. Axes of one meaning have one size. `largest`: the size
+    of a meaning up to which the model itself is defined, such as the length of its position table.
     """
     limits = dict(largest or {})
     shapes: dict[str, tuple[Any, ...]] = {}

@@ -1,7 +1,7 @@
 """Python's own min and max on sizes of any value.
 
-`min(top_k, keys.shape[1])` compares the sizes, and so a trace would hold only for one outcome. While `symbolic_builtins` is
-open, the source files of a model see forms of min and max that keep the choice as a size.
+`min(top_k, keys.shape[1])` compares the sizes, and so a trace would hold only for one outcome. While
+`symbolic_builtins` is open, the source files of a model see forms of min and max that keep the choice as a size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def symbolic_builtins(model: nn.Module) -> Iterator[None]:
         "max": _keeping_choice(builtins.max, torch.sym_max),
     }
     names = {type(part).__module__ for part in model.modules()}
-    files = [sys.modules[name].__dict__ for name in sorted(names) if name in sys.modules and not name.startswith("torch.")]
+    files = [
+        sys.modules[name].__dict__ for name in sorted(names) if name in sys.modules and not name.startswith("torch.")
+    ]
     changed = [(file, name) for file in files for name in replacements if name not in file]
     for file, name in changed:
         file[name] = replacements[name]

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from moec.errors import UsageError
 from moec.frontend.decompositions import decompose
 from moec.frontend.experts_adapter import ExpertsAdapter, MarkedBlocks, mark_blocks
+from moec.frontend.graph_importer import ImportNames
 from moec.frontend.import_graph import ImportOptions, first_names, import_program
 from moec.frontend.size_guards import refuse_fixed_sizes
 from moec.frontend.trace import exporting
@@ -40,12 +41,12 @@ def load_torch(
 ) -> Module:
     """Traces a float32 module in evaluation mode. Its tensors stay where they are; the weights refer to them by name.
 
-    `example_inputs`: the arguments of its forward, in order or by name, all tensors. `dynamic`: for an input's name, which
-    axes are of any size, as {axis: symbol}; axes with the same symbol have the same size. `experts`: adapters for blocks of
-    experts. `result_names`: one name for each tensor that the module returns.
+    `example_inputs`: the arguments of its forward, in order or by name, all tensors. `dynamic`: for an input's name,
+    which axes are of any size, as {axis: symbol}; axes with the same symbol have the same size. `experts`: adapters for
+    blocks of experts. `result_names`: one name for each tensor that the module returns.
 
-    Raises UsageError for inputs, names or adapters that do not fit, and UnsupportedModelError, with the place in the module,
-    for what cannot be traced or said in the IR.
+    Raises UsageError for inputs, names or adapters that do not fit, and UnsupportedModelError, with the place in the
+    module, for what cannot be traced or said in the IR.
     """
     inputs = _named_inputs(module, example_inputs)
     sizes = _input_sizes(inputs, dynamic or {})
@@ -56,7 +57,7 @@ def load_torch(
         expected = _tensors(module(**inputs))
         _check_adapters(module, marked, inputs, expected)
         with marked.standing_for_experts() as stand_ins, exporting(where):
-            axes = {name: {axis: Dim.AUTO for axis in (dynamic or {}).get(name, {})} or None for name in inputs}
+            axes = {name: dict.fromkeys((dynamic or {}).get(name, {}), Dim.AUTO) or None for name in inputs}
             program = export(module, (), inputs, dynamic_shapes=axes, strict=False)
             refuse_fixed_sizes(program, dynamic or {}, where)
             program = decompose(program)
@@ -67,10 +68,9 @@ def load_torch(
     tensors = module.state_dict(keep_vars=True)
     sources = {name: str(Reference(name)) for name in tensors}
     sources.update((stand_in.name, str(stand_in.expression)) for stand_in in stand_ins.values())
+    shown = {name: stand_in.name for name, stand_in in stand_ins.items()}
     options = ImportOptions(
-        prefix="",
-        sources=sources,
-        aliases={**first_names(module), **{name: stand_in.name for name, stand_in in stand_ins.items()}},
+        names=ImportNames(sources=sources, aliases={**first_names(module), **shown}),
         inputs=sizes,
         result_names=names,
         required_inputs=tuple(inputs),

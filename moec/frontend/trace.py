@@ -1,4 +1,4 @@
-"""From a checked config to an exported program: token ids to logits, any batch size, any length, no weights in memory."""
+"""From a checked config to an exported program: token ids to logits for any batch size and length, without weights."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class _TokensToOutput(nn.Module):
 def trace_model(source: ModelSource, empty: EmptyModel) -> TracedModel:
     """Exports the model that `build_empty_model` made of a source.
 
-    Raises UnsupportedModelError, with the reason and the line of the model's code, if it does not export for every batch
-    size and length.
+    Raises UnsupportedModelError, with the reason and the line of the model's code, if it does not export for every
+    batch size and length.
     """
     model, mode = empty.model, empty.mode
     wrapper = _TokensToOutput(model, source.is_decoder)
@@ -147,7 +147,9 @@ def _model_line(error: BaseException) -> str:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    loggers: list[Any] = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export", "transformers")]
+    loggers: list[Any] = [
+        logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export", "transformers")
+    ]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
