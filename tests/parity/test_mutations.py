@@ -1,4 +1,7 @@
-"""`moec verify` finds damage that still loads and runs, and names the layer and the tensor."""
+"""`moec verify` finds damage that still loads and runs, and names the layer and the tensor.
+
+Mutations of the demo's artifact are in `tests/cli/test_mutations.py`; this model has biases and a shared expert.
+"""
 
 from __future__ import annotations
 
@@ -53,24 +56,10 @@ def swap_two_experts(artifact: ArtifactEditor) -> None:
         artifact.swap(f"{LAYER}.mlp.experts.{part}.2", f"{LAYER}.mlp.experts.{part}.5")
 
 
-def swap_two_router_rows(artifact: ArtifactEditor) -> None:
-    name = f"{LAYER}.mlp.gate.weight.transposed"
-    matrix = artifact.read(name)
-    matrix[:, [1, 6]] = matrix[:, [6, 1]]
-    artifact.write(name, matrix)
-
-
 MUTATIONS = [
     pytest.param(drop_a_bias, "self_attn.q_proj.bias", id="bias dropped"),
     pytest.param(swap_two_experts, "mlp.experts.gate_up_proj.2", id="experts swapped"),
-    pytest.param(swap_two_router_rows, "mlp.gate.weight", id="router rows swapped"),
 ]
-
-
-def test_an_untouched_artifact_passes(
-    artifact: ArtifactEditor, original: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert verify(artifact.folder, capsys, "--against", str(original / "checkpoint")) == (0, "")
 
 
 @pytest.mark.parametrize(("mutate", "tensor"), MUTATIONS)
@@ -87,35 +76,6 @@ def test_numbers_tell(
     assert code == 4
     assert f"{LAYER}.{tensor}" in error
     assert "largest difference" in error
-
-
-def test_one_byte(artifact: ArtifactEditor, original: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = f"{LAYER}.mlp.experts.down_proj.3"
-    offset, _ = artifact.place(name)
-    content = bytearray(artifact.data_file.read_bytes())
-    content[offset + 4 * 100] ^= 1  # the last bit of one weight: far below what a comparison of logits could see
-    artifact.data_file.write_bytes(content)
-    code, error = verify(artifact.folder, capsys, "--against", str(original / "checkpoint"))
-    assert code == 4
-    assert name in error
-    assert "element 100" in error
-    assert "a file of the artifact is not the one that was compiled" in error
-
-
-def test_renormalisation_flipped_in_the_artifact(
-    artifact: ArtifactEditor, original: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = artifact.folder / "module.mlir"
-    text = path.read_text(encoding="utf-8")
-    before = "#moe.routing<choice_on = #moe.choice_on<logit>, k = 2>"
-    position = text.rindex(before)
-    after = before.replace("k = 2", "k = 2, normalize = #moe.normalize<sum>")
-    path.write_text(text[:position] + after + text[position + len(before) :], encoding="utf-8")
-    artifact.sign_again()
-    code, error = verify(artifact.folder, capsys, "--against", str(original / "checkpoint"))
-    assert code == 4
-    assert LAYER in error
-    assert "mlp.experts" in error
 
 
 def test_renormalisation_flipped_in_the_source(
