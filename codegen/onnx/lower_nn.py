@@ -89,8 +89,9 @@ def emit_attention_mask(context: Context, op: AttentionMaskOp) -> ir.Value:
         # position = slot - first slot that is no padding
         first = b.op("Unsqueeze", b.op("ArgMax", padding, axis=1, keepdims=1), b.ints(1, 2))
         size = b.integer(op.chunk)
-        positions = (b.op("Max", b.op("Sub", slots, first), zero) for slots in (query_slots, key_slots))
-        blocks = [b.op("Div", position, size) for position in positions]
+        positions = (b.op("Sub", slots, first) for slots in (query_slots, key_slots))
+        # rounded down also before the first token, where positions are negative
+        blocks = [b.op("Sub", position, b.op("Mod", position, size)) for position in positions]
         visible = b.op("And", visible, b.op("Equal", *blocks))
     if not (op.causal or op.window or op.chunk):
         visible = b.op("Expand", visible, context.shape([1, 1, queries, 1]))
