@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 _TOKENS = 96
 _SPREADS = (0.1, 1.0, 4.0, 1000.0)
+# (spread, mean) of random biases; where all are negative, experts outside the best groups that are filled with 0 win
+_RANDOM_WEIGHTS = ((0.3, 0.0), (1.0, 0.0), (1.0, -2.0))
 _TOLERANCE = 1e-9
 # Choice values this close are a tie, which torch breaks at will.
 _TIE = 1e-9
@@ -42,24 +45,27 @@ class RouterCheck:
         traced = _slice(ids, gates, reading)
         if isinstance(traced, str):
             return traced
-        for real in (True, False) if self.weights is not None and traced.weights else (False,):
-            problem = self._compare(traced, reading, self._values(traced.weights, real))
+        for values in self._values(traced.weights):
+            problem = self._compare(traced, reading, values)
             if problem:
                 return problem
         return ""
 
-    def _values(self, weights: list[WeightOp], real: bool) -> dict[WeightOp, torch.Tensor]:
-        """The weights' own values, or random ones around zero (biases) of the same shape, in float64."""
+    def _values(self, weights: list[WeightOp]) -> Iterator[dict[WeightOp, torch.Tensor]]:
+        """The weights' own values, then random ones of several spreads and means, in float64."""
         import torch
 
-        values = {}
-        for op in weights:
-            if real and self.weights is not None:
-                values[op] = self.weights.load(op.source).to(torch.float64)
-            else:
-                sizes = tensor(op.value).static_shape
-                values[op] = torch.randn(sizes, generator=self._generator, dtype=torch.float64) * 0.3
-        return values
+        if self.weights is not None:
+            loaded = self.weights
+            yield {op: loaded.load(op.source).to(torch.float64) for op in weights}
+        if self.weights is None or weights:
+            for spread, mean in _RANDOM_WEIGHTS:
+                values = {}
+                for op in weights:
+                    sizes = tensor(op.value).static_shape
+                    normal = torch.randn(sizes, generator=self._generator, dtype=torch.float64)
+                    values[op] = normal * spread + mean
+                yield values
 
     def _logits(self, experts: int) -> torch.Tensor:
         """[T, experts]: normal ones of each spread, small integers (ties), all equal, and all far below zero."""

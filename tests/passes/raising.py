@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moec.artifact.options import RAISING_PIPELINE
 from moec.frontend.huggingface import load_huggingface
 from moec.frontend.torch_export import load_torch
 from moec.ir import verify
@@ -18,7 +19,6 @@ from moec.pipeline.registry import find_pass
 from moec.reference.executor import Executor
 from tests.frontend.tiny_models import random_tokens, save_tiny_checkpoint
 
-RAISING = "canonicalize,expand-complex,raise-nn,raise-moe,cse,dce"
 LENGTH, LEFT_PADDING = 13, 3
 
 
@@ -41,7 +41,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def raised(module: nn.Module, pipeline: str = RAISING, **inputs: torch.Tensor) -> tuple[Module, PassContext]:
+def raised(module: nn.Module, pipeline: str = RAISING_PIPELINE, **inputs: torch.Tensor) -> tuple[Module, PassContext]:
     """A module of torch with inputs [batch, seq, ...], after passes that must not change what it computes."""
     torch.manual_seed(0)
     module = copy.deepcopy(module).eval()

@@ -1,0 +1,326 @@
+"""raise-moe on router arithmetic as models write it: what it is read as, and that wrong readings are found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from moec.dialects.moe import (
+    ChoiceOn,
+    ExpertsOp,
+    GroupFill,
+    GroupScore,
+    Normalize,
+    RouteOp,
+    Routing,
+    Score,
+    Select,
+    WeightFrom,
+)
+from moec.frontend.expert_body import trace_expert
+from moec.frontend.torch_export import load_torch
+from moec.module import Module
+from moec.passes.moe_patterns import RouterCheck, read_router
+from tests.passes.raising import RAISING_PIPELINE, apply, compute, relative_error
+
+WIDTH, EXPERTS, TOP = 16, 8, 3
+HIDDEN = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+
+Router = Callable[["Block", torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@cache
+def expert_body() -> str:
+    stacks = [("up", torch.Size([24, WIDTH])), ("down", torch.Size([WIDTH, 24]))]
+    return trace_expert(lambda x, up, down: torch.relu(x @ up.T) @ down.T, stacks, WIDTH, "test").digest
+
+
+class Block(nn.Module):
+    """Tokens through a router and the experts that it gives: `router(block, logits)` gives ids and gates."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+
+        def normal(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*sizes, generator=generator))
+
+        self.router = router
+        self.gate, self.up, self.down = normal(EXPERTS, WIDTH), normal(EXPERTS, 24, WIDTH), normal(EXPERTS, WIDTH, 24)
+        self.bias, self.scale, self.temper = normal(EXPERTS), normal(EXPERTS), normal(1)
+        self.body = expert_body()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        ids, gates = self.router(self, tokens @ self.gate.T)
+        result = torch.ops.moec.experts(tokens, ids, gates, [self.up, self.down], self.body)
+        return result.view(x.shape)
+
+
+def picked(scores: torch.Tensor, choice: torch.Tensor, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.topk(choice, TOP, dim=-1, **options).indices
+    return ids, scores.gather(1, ids)
+
+
+def renormalised(chosen: tuple[torch.Tensor, torch.Tensor], epsilon: float | None = None):
+    ids, gates = chosen
+    total = gates.sum(-1, keepdim=True)
+    return ids, gates / (total if epsilon is None else total + epsilon)
+
+
+def in_groups(choice: torch.Tensor, best: int, kept: int, fill: float) -> torch.Tensor:
+    """Four groups of two experts."""
+    grouped = choice.view(-1, 4, EXPERTS // 4)
+    ratings = grouped.max(-1).values if best == 1 else grouped.topk(2, -1).values.sum(-1)
+    marked = torch.zeros_like(ratings).scatter(1, torch.topk(ratings, kept, -1, sorted=False).indices, 1)
+    mask = marked.unsqueeze(-1).expand(-1, 4, EXPERTS // 4).reshape(-1, EXPERTS)
+    return choice.masked_fill(~mask.bool(), fill)
+
+
+def softmax_first(m, z):
+    gates, ids = torch.topk(torch.softmax(z, -1), TOP, -1)
+    return ids, gates
+
+
+def softmax_last(m, z):
+    values, ids = torch.topk(z, TOP, -1)
+    return ids, torch.softmax(values, 1, dtype=torch.float)
+
+
+def softmax_over_gathered(m, z):
+    ids, values = picked(z, z)
+    return ids, values.softmax(-1)
+
+
+def sorted_first(m, z):
+    scores = z.softmax(-1)
+    ids = torch.argsort(scores, dim=-1, descending=True)[:, :TOP]
+    return ids, scores.gather(1, ids)
+
+
+def deepseek_v2(m, z):
+    scores = z.softmax(-1)
+    gates, ids = torch.topk(in_groups(scores, 1, 2, 0.0), TOP, -1, sorted=False)
+    return ids, gates * 1.5
+
+
+def deepseek_v3(m, z):
+    scores = z.sigmoid()
+    ids, gates = renormalised(picked(scores, in_groups(scores + m.bias, 2, 2, float("-inf")), sorted=False), 1e-20)
+    return ids, gates * 2.5
+
+
+def deepseek_v3_zero_filled(m, z):
+    scores = z.sigmoid()
+    return renormalised(picked(scores, in_groups(scores + m.bias.abs(), 2, 2, 0.0)), 1e-20)
+
+
+def one_group(m, z):
+    scores = z.sigmoid()
+    return picked(scores, scores + m.bias.unsqueeze(0))
+
+
+def least_sum(m, z):
+    scores = z.softmax(-1)
+    ids, gates = picked(scores, scores + m.bias)
+    return ids, gates / torch.clamp(gates.sum(-1, keepdim=True), min=1e-2)
+
+
+def scored_after(m, z):
+    values, ids = torch.topk(z, TOP, -1)
+    return renormalised((ids, values.sigmoid()))
+
+
+def chosen_by_biased_logit(m, z):
+    ids = torch.topk(z + m.bias, TOP, -1).indices
+    return renormalised((ids, z.gather(1, ids).sigmoid()))
+
+
+def scaled_per_expert(m, z):
+    ids, gates = renormalised(softmax_first(m, z))
+    return ids, gates * m.scale[ids]
+
+
+def softplus_root(m, z):
+    scores = functional.softplus(z).sqrt()
+    return renormalised(picked(scores, scores + m.bias))
+
+
+def softmax_of_chosen_by_sigmoid(m, z):
+    ids = torch.topk(z.sigmoid() + m.bias, TOP, -1).indices
+    return ids, z.gather(1, ids).softmax(-1)
+
+
+def best_one(m, z):
+    gates, ids = torch.max(z.sigmoid(), dim=-1, keepdim=True)
+    return ids, gates
+
+
+def sparsemixer(m, z):
+    ids, gates, remaining = [], [], z
+    for _ in range(2):
+        largest, best = remaining.max(dim=-1, keepdim=True)
+        far = (largest - z) / z.abs().clamp(min=largest) > 0.02
+        gates.append(remaining.masked_fill(far, float("-inf")).softmax(-1).gather(-1, best))
+        ids.append(best)
+        remaining = z.scatter(-1, best, float("-inf"))
+    return torch.cat(ids, -1), torch.cat(gates, -1)
+
+
+SUM = Normalize.SUM
+READINGS: dict[str, tuple[Router, Routing, bool]] = {
+    "softmax, top-k": (softmax_first, Routing(k=TOP), False),
+    "softmax, top-k, sum": (lambda m, z: renormalised(softmax_first(m, z)), Routing(k=TOP, normalize=SUM), False),
+    "top-k, softmax": (
+        softmax_last,
+        Routing(k=TOP, choice_on=ChoiceOn.LOGIT, weight_from=WeightFrom.SOFTMAX_SELECTED),
+        False,
+    ),
+    "softmax of gathered": (
+        softmax_over_gathered,
+        Routing(k=TOP, choice_on=ChoiceOn.LOGIT, weight_from=WeightFrom.SOFTMAX_SELECTED),
+        False,
+    ),
+    "argsort": (sorted_first, Routing(k=TOP), False),
+    "groups by their best": (
+        deepseek_v2,
+        Routing(k=TOP, groups=4, topk_groups=2, group_fill=GroupFill.ZERO, scale=1.5),
+        False,
+    ),
+    "biased groups by their two best": (
+        deepseek_v3,
+        Routing(
+            k=TOP, score=Score.SIGMOID, groups=4, topk_groups=2, group_score=GroupScore.SUM_TOP2, normalize=SUM,
+            norm_eps=1e-20, scale=2.5,
+        ),
+        True,
+    ),
+    "selection bias": (one_group, Routing(k=TOP, score=Score.SIGMOID), True),
+    "least sum": (least_sum, Routing(k=TOP, normalize=SUM, norm_min=1e-2), True),
+    "top-k, sigmoid": (
+        scored_after,
+        Routing(k=TOP, score=Score.SIGMOID, choice_on=ChoiceOn.LOGIT, normalize=SUM),
+        False,
+    ),
+    "biased logits, sigmoid": (
+        chosen_by_biased_logit,
+        Routing(k=TOP, score=Score.SIGMOID, choice_on=ChoiceOn.LOGIT, normalize=SUM),
+        True,
+    ),
+    "scale per expert": (scaled_per_expert, Routing(k=TOP, normalize=SUM), False),
+    "root of softplus": (softplus_root, Routing(k=TOP, score=Score.SQRT_SOFTPLUS, normalize=SUM), True),
+    "chosen by sigmoid, softmax": (
+        softmax_of_chosen_by_sigmoid,
+        Routing(k=TOP, score=Score.SIGMOID, weight_from=WeightFrom.SOFTMAX_SELECTED),
+        True,
+    ),
+    "the best one": (best_one, Routing(k=1, score=Score.SIGMOID), False),
+    "sparsemixer": (sparsemixer, Routing(select=Select.SPARSEMIXER, k=2, jitter_eps=0.01), False),
+}  # fmt: skip
+
+
+@cache
+def traced(router: Router):
+    """Shared by tests, which must not change it."""
+    return load_torch(Block(router), {"x": HIDDEN}, dynamic={"x": {0: "batch", 1: "seq"}})
+
+
+def own(module: Module) -> Module:
+    """A copy that may be changed."""
+    return replace(module, op=module.op.clone())
+
+
+@pytest.mark.parametrize(("router", "routing", "biased"), READINGS.values(), ids=READINGS)
+def test_router(router: Router, routing: Routing, biased: bool) -> None:
+    module = own(traced(router))
+    before = compute(module, {"x": HIDDEN})["output"]
+    context = apply(module, "canonicalize,raise-moe,cse,dce")
+    assert not [refusal for refusal in context.refusals if refusal.pattern == "raise-moe"]
+    (route,) = [op for op in module.main.body if isinstance(op, RouteOp)]
+    assert route.routing == routing
+    assert (route.select_bias is not None) == biased
+    assert (route.per_expert_scale is not None) == (router is scaled_per_expert)
+    assert relative_error(compute(module, {"x": HIDDEN})["output"], before) < 1e-12
+    left = {op.name for op in module.main.body if op.name.startswith("aten.")}
+    assert left <= {"aten.view.default", "aten.reshape.default", "aten.permute.default", "aten.matmul.default"}
+
+
+def joint(m, z):
+    """Inkling: routed and shared experts are normalised together."""
+    scores = z.sigmoid()
+    ids, gates = picked(scores, scores)
+    return ids, gates / torch.cat((gates, scores[:, :1]), -1).sum(-1, keepdim=True)
+
+
+REFUSED = {
+    "joint normalisation": (joint, "aten.div.Tensor"),
+    "bias in the gates": (lambda m, z: (softmax_first(m, z)[0], softmax_first(m, z)[1] + m.temper), "aten.add"),
+    "gates of other logits": (
+        lambda m, z: (softmax_first(m, z)[0], z.cos().softmax(-1).gather(1, softmax_first(m, z)[0])),
+        "not a function of the logits",
+    ),
+    "worst experts": (
+        lambda m, z: tuple(reversed(torch.topk(z.softmax(-1), TOP, -1, largest=False))),
+        "not the best ones",
+    ),
+    "fixed experts": (lambda m, z: (torch.zeros_like(z[:, :2]).long(), z.softmax(-1)[:, :2]), "no top-k"),
+}
+
+
+@pytest.mark.parametrize(("router", "reason"), REFUSED.values(), ids=REFUSED)
+def test_other_arithmetic_is_refused(router: Router, reason: str) -> None:
+    module = own(traced(router))
+    before = compute(module, {"x": HIDDEN})["output"]
+    context = apply(module, RAISING_PIPELINE)
+    assert "moe.route" not in module.operation_counts()
+    assert reason in context.refusals[-1].reason
+    assert relative_error(compute(module, {"x": HIDDEN})["output"], before) < 1e-12
+
+
+MUTATIONS = {
+    "renormalisation dropped": (deepseek_v3, {"normalize": Normalize.NONE}),
+    "scale dropped": (deepseek_v3, {"scale": 1.0}),
+    "groups dropped": (deepseek_v3, {"topk_groups": 4}),
+    "groups by their best": (deepseek_v3, {"group_score": GroupScore.MAX}),
+    "other score": (deepseek_v3, {"score": Score.SOFTMAX}),
+    "filled with -inf instead of zero": (deepseek_v3, {"group_fill": GroupFill.ZERO}),
+    "least sum dropped": (lambda m, z: least_sum(m, z - 12.0), {"norm_min": 0.0}),
+    "chosen by logits": (least_sum, {"choice_on": ChoiceOn.LOGIT}),
+    "another rank": (softmax_first, {"rank_offset": 1}),
+    "softmax over the chosen ones": (softmax_first, {"weight_from": WeightFrom.SOFTMAX_SELECTED}),
+    "other jitter": (sparsemixer, {"jitter_eps": 0.05}),
+}
+
+
+@pytest.mark.parametrize(("router", "changes"), MUTATIONS.values(), ids=MUTATIONS)
+def test_check_finds_a_wrong_reading(router: Router, changes: dict) -> None:
+    module = traced(router)
+    (experts,) = [op for op in module.main.body if isinstance(op, ExpertsOp)]
+    reading = read_router(experts.ids, experts.gates)[0]
+    check = RouterCheck(module.weights)
+    assert check.problem(experts.ids, experts.gates, reading) == ""
+    wrong = replace(reading, routing=replace(reading.routing, **changes))
+    assert "random tokens" in check.problem(experts.ids, experts.gates, wrong)
+
+
+def test_check_finds_a_missing_bias() -> None:
+    module = traced(deepseek_v3)
+    (experts,) = [op for op in module.main.body if isinstance(op, ExpertsOp)]
+    reading = read_router(experts.ids, experts.gates)[0]
+    wrong = replace(reading, select_bias=None)
+    assert "random tokens" in RouterCheck(module.weights).problem(experts.ids, experts.gates, wrong)
+
+
+def test_without_weights_the_check_takes_random_biases() -> None:
+    module = traced(deepseek_v3)
+    (experts,) = [op for op in module.main.body if isinstance(op, ExpertsOp)]
+    reading = read_router(experts.ids, experts.gates)[0]
+    check = RouterCheck(None)
+    assert check.problem(experts.ids, experts.gates, reading) == ""
+    assert "random tokens" in check.problem(experts.ids, experts.gates, replace(reading, select_bias=None))
