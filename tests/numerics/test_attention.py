@@ -24,7 +24,7 @@ from moec.reference.executor import Executor
 from moec.reference.nn_kernels import attention, attention_mask
 from tests.ir.build import f32
 
-PADDING = torch.tensor([[1] * 11, [0] * 4 + [1] * 7, [0] * 9 + [1] * 2])
+PADDING = torch.tensor([[1] * 11, [0] * 3 + [1] * 8, [0] * 9 + [1] * 2])
 
 PATTERNS: dict[str, tuple[Callable[[torch.Tensor], Any], bool, int, int]] = {
     "causal": (lambda left: masking_utils.causal_mask_function, True, 0, 0),

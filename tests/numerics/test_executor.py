@@ -345,6 +345,16 @@ def test_layers_can_be_run_one_after_the_other() -> None:
     assert torch.allclose(found, -torch.tanh(expected @ tensors["w2"]), atol=1e-6)
 
 
+def test_values_are_freed_after_their_last_use() -> None:
+    module, tensors = deep_model(3, 8)
+    executor = Executor(module, tensors)
+    with executor.session({"x": torch.randn(2, 8)}) as execution:
+        for step in executor.steps:
+            execution.run([step])
+            assert len(execution.values) == 1
+        assert set(execution.values) == set(module.main.return_op.operands)
+
+
 def test_segment_before_the_layers() -> None:
     def build(x: Value) -> Iterator[Operation]:
         yield (a := aten.build("neg.default", {"self": x}, (f32(2),), Location(name="model.embed")))
