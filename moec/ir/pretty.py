@@ -47,12 +47,18 @@ class _Pretty:
         results = [self._new_name(value) for value in op.results]
         line = f"{indent}{', '.join(results)}{' = ' if results else ''}{_name(op)}"
         line += "".join(f" {piece}" for piece in self._operands(op))
-        attributes = [f"{key} = {_value(value)}" for key, value in sorted(op.attributes.items()) if key not in _HIDDEN]
+        shown = {key: value for key, value in sorted(op.attributes.items()) if key not in _HIDDEN}
+        name = str(shown.pop("weight_name", ""))
+        if name:
+            line += f" {name}"
+            if shown.get("source") == name:
+                del shown["source"]
+        attributes = [f"{key} = {_value(value)}" for key, value in shown.items()]
         if attributes:
             line += f" {{{', '.join(attributes)}}}"
         if op.results:
             line += f" : {', '.join(_type(value.type) for value in op.results)}"
-        if op.location.name:
+        if op.location.name and op.location.name != name:
             line += f"   // {op.location.name}"
         self.lines.append(line)
         for region in op.regions:
