@@ -21,6 +21,7 @@ from moec.errors import UnsupportedModelError
 from moec.frontend.expert_body import is_stacked_experts, trace_stacked_experts
 from moec.frontend.hooks import BODY_ATTRIBUTE, EXPERTS_HOOK
 from moec.frontend.model_config import ModelSource
+from moec.frontend.unregistered_experts import replace_expert_loops
 
 _MAX_PARAMETERS = 1 << 47
 
@@ -58,6 +59,7 @@ def build_empty_model(source: ModelSource) -> EmptyModel:
     for part in model.modules():
         if isinstance(getattr(part, "config", None), PretrainedConfig):
             part.config._attn_implementation_internal = attention
+    replace_expert_loops(model)
     _trace_experts(model)
     _compute_buffers(model, where)
     return EmptyModel(model, _make_fake(model))

@@ -20,6 +20,7 @@ from moec.frontend.graph_types import arguments_by_name, constant, element_type,
 from moec.frontend.locations import LocationReader
 from moec.frontend.scalar_overloads import SCALAR_OVERLOADS
 from moec.frontend.sizes import SizeTranslator
+from moec.frontend.weight_views import parameter_behind, view_expression
 from moec.ir import Block, Location, Operation, TensorType, Value
 
 # Identities once a program is functional and knows no memory layout.
@@ -99,6 +100,13 @@ class GraphImporter:
             raise UnsupportedModelError(f"the list of results of {node.target} is used as one tensor")
         return found
 
+    def weight(self, node: fx.Node) -> Value:
+        """The value of a node that is a parameter or a view of one: a weight of its own, without operations."""
+        parameter = parameter_behind(node)
+        if parameter is None or parameter is node or not self._is_stored(parameter):
+            return self.value(node)
+        return self._append_weight(node, self._name_of(parameter))
+
     def raw_value(self, node: fx.Node) -> Value | Assembly | tuple[Value, ...]:
         """As `value`, but a tensor that is filled in pieces stays in pieces."""
         if node not in self.values:
@@ -146,11 +154,17 @@ class GraphImporter:
         return self._names.aliases.get(name, name)
 
     def _bring_in(self, node: fx.Node) -> Value:
-        spec = self._specs[node.name]
         name = self._name_of(node)
-        stored = spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent)
-        if not stored:
+        if not self._is_stored(node):
             raise UnsupportedModelError("a constant of the trace has no value", where=name)
+        return self._append_weight(node, name)
+
+    def _is_stored(self, node: fx.Node) -> bool:
+        """Whether a placeholder stands for a tensor of the checkpoint."""
+        spec = self._specs[node.name]
+        return spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and bool(spec.persistent))
+
+    def _append_weight(self, node: fx.Node, name: str) -> Value:
         if name not in self._names.sources:
             raise UnsupportedModelError("the checkpoint has no tensor for a parameter that is used", where=name)
         self.used_weights.append(name)
@@ -158,7 +172,7 @@ class GraphImporter:
             builtin.WeightOp(
                 result_types=[node_type(node, self.sizes)],
                 weight_name=name,
-                source=self._names.sources[name],
+                source=view_expression(node, self._names.sources[name]),
                 location=Location(name),
             )
         )

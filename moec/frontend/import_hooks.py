@@ -87,7 +87,7 @@ def _import_attention(importer: GraphImporter, node: fx.Node, arguments: dict[st
 
 def _import_experts(importer: GraphImporter, node: fx.Node, arguments: dict[str, Any]) -> Value:
     x, ids, gates = (importer.value(arguments[key]) for key in ("x", "ids", "gates"))
-    weights = [importer.value(weight) for weight in arguments["weights"]]
+    weights = [importer.weight(weight) for weight in arguments["weights"]]
     stacks = [weight.type for weight in weights]
     first = stacks[0]
     assert isinstance(first, TensorType)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ def _accepted_inputs(model: nn.Module, source: ModelSource) -> list[str]:
 def exporting(where: str) -> Iterator[None]:
     """Around torch.export: no warnings, and errors as UnsupportedModelError with the line of the model's code."""
     try:
-        with _without_warnings():
+        # torch prints the graph so far to stderr when a trace fails
+        with _without_warnings(), redirect_stderr(StringIO()):
             yield
     except MoecError:
         raise

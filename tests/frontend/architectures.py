@@ -76,6 +76,10 @@ _LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_typ
 _LATENT_ATTENTION = {"num_key_value_heads": 4, "head_dim": 8}
 SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"topk_method": "group_limited_greedy"},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2},
+    },
     "gemma4_text": {"enable_moe_block": True},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "chunk_size": 8},
