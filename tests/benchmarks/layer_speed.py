@@ -97,8 +97,8 @@ def write_checkpoints(folder: Path) -> dict[str, Path]:
     return folders
 
 
-def make_artifacts(folder: Path, measured: Measured) -> dict[str, Path]:
-    """Makes what is not in `folder` yet; returns the ONNX file of each subject."""
+def make_artifacts(folder: Path, measured: Measured, subjects: tuple[str, ...]) -> dict[str, Path]:
+    """Makes what is not in `folder` yet; returns the ONNX file of each subject that has one."""
     checkpoints = write_checkpoints(folder)
     moec = {
         PORTABLE: (checkpoints["experts"], "portable"),
@@ -109,12 +109,16 @@ def make_artifacts(folder: Path, measured: Measured) -> dict[str, Path]:
     models = {}
     for name, (checkpoint, target) in moec.items():
         output = folder / name
+        if name not in subjects:
+            continue
         models[name] = output / "onnx" / "model.onnx"
         if not output.is_dir():
             command = ["moec", "compile", str(checkpoint), "-o", str(output), "--target", target]
             measured.making[name] = _run([sys.executable, "-m", *command])
     for name, kind in ((EXPORT, "plain"), (FUSED_EXPORT, "fused"), (ALL_EXPERTS, "all-experts")):
         output = folder / name
+        if name not in subjects:
+            continue
         models[name] = output / "model.onnx"
         if not output.is_dir():
             command = ["tests.benchmarks.peers", str(checkpoints["experts"]), str(output), "--kind", kind]
@@ -171,9 +175,9 @@ def load_torch(checkpoint: Path) -> Call:
 def measure(folder: Path, rounds: int, subjects: tuple[str, ...]) -> Measured:
     """Makes the artifacts in `folder`, checks that all of them compute the same, and runs `rounds` rounds."""
     measured = Measured()
-    models = make_artifacts(folder, measured)
+    models = make_artifacts(folder, measured, subjects)
     torch.set_num_threads(1)
-    calls = {name: load_onnx(models[name]) for name in subjects if name in models}
+    calls = {name: load_onnx(path) for name, path in models.items()}
     if TORCH in subjects:
         calls[TORCH] = load_torch(folder / "checkpoint experts")
     generator = np.random.default_rng(0)

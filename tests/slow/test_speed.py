@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import shutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,11 +22,13 @@ def stack() -> expert_stack.StackTimes:
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> layer_speed.Measured:
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[layer_speed.Measured]:
+    folder = tmp_path_factory.mktemp("speed")
     subjects = (layer_speed.PORTABLE, layer_speed.ORT_CPU, layer_speed.EXPORT, layer_speed.FUSED_EXPORT)
-    times = layer_speed.measure(Path(tmp_path_factory.mktemp("speed")), ROUNDS, subjects)
+    times = layer_speed.measure(folder, ROUNDS, subjects)
     print(layer_speed.table(times))
-    return times
+    yield times
+    shutil.rmtree(folder)  # gigabytes
 
 
 @pytest.mark.parametrize("subject", [expert_stack.PORTABLE, expert_stack.ORT_CPU])
