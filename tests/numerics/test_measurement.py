@@ -229,6 +229,17 @@ def test_one_layer_stands_for_those_that_changed_alike(traced: Module) -> None:
     assert all(change.error < EXACT for change in changes.values())
 
 
+def test_same_new_weight_in_two_layers_is_measured_in_both(raised: Module) -> None:
+    """A copy of layer 1's weight is right in layer 1 and wrong in layer 2."""
+    after = copy_of(raised)
+    first, second = (stacks_of(expert_layer(after, layer)[1])[1] for layer in (1, 2))
+    rewrite_weight(after, first, lambda stack: stack)
+    second.source = first.source
+    right, wrong = measured(raised, after)
+    assert (right.layer, right.error, right.same_as) == ("model.layers.1", 0, "")
+    assert wrong.layer == "model.layers.2" and wrong.error > 1e-2 and wrong.same_as == ""
+
+
 @pytest.mark.parametrize("passes", ["raise-moe", "raise-moe,canonicalize,cse,dce,add-kv-cache"])
 def test_passes_that_change_inputs_and_routers(traced: Module, passes: str) -> None:
     before, after = copy_of(traced), copy_of(traced)

@@ -212,14 +212,16 @@ def test_group_fill_zero_differs_from_never() -> None:
     assert route(RouteInputs(logits, select_bias=bias), zero)[0].tolist() == [[2]]
 
 
-@pytest.mark.parametrize("jitter", [0.01, 0.5])
-def test_sparsemixer_gates_are_probabilities_of_distinct_experts(jitter: float) -> None:
-    ids, gates, count = route(
-        RouteInputs(torch.randn(50, 8)), Routing(k=2, select=Select.SPARSEMIXER, jitter_eps=jitter)
-    )
-    assert bool((ids[:, 0] != ids[:, 1]).all()) and count.tolist() == [2] * 50
-    assert bool(((gates > 0) & (gates <= 1)).all())
-    assert bool((gates < 0.999).any()) == (jitter == 0.5)
+def test_sparsemixer_gates_are_probabilities_of_distinct_experts() -> None:
+    logits = torch.randn(200, 8)
+    shared = []
+    for jitter in (0.01, 0.5):
+        routing = Routing(k=2, select=Select.SPARSEMIXER, jitter_eps=jitter)
+        ids, gates, count = route(RouteInputs(logits), routing)
+        assert bool((ids[:, 0] != ids[:, 1]).all()) and bool((count == 2).all())
+        assert bool(((gates > 0) & (gates <= 1)).all())
+        shared.append(int((gates < 0.999).sum()))
+    assert shared[0] < 40 < 200 < shared[1], "a wider jitter lets more experts share the softmax"
 
 
 def test_gradients_reach_logits_and_scales() -> None:
@@ -238,3 +240,36 @@ def test_gradients_reach_logits_and_scales() -> None:
             return route(RouteInputs(z, select_bias=bias, per_expert_scale=s), routing)[1]
 
         assert torch.autograd.gradcheck(gates, (logits, scale))
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        Routing(k=2),
+        Routing(k=2, score=Score.SIGMOID, groups=3, topk_groups=1, group_score=GroupScore.SUM_TOP2),
+        Routing(k=3, choice_on=ChoiceOn.LOGIT, weight_from=WeightFrom.SOFTMAX_SELECTED),
+        Routing(k=3, select=Select.PER_GROUP_TOPK, groups=3),
+        Routing(select=Select.TOPP, p=0.4),
+        Routing(select=Select.THRESHOLD, p=0.9),
+        Routing(k=2, select=Select.SPARSEMIXER, jitter_eps=0.1),
+    ],
+    ids=lambda routing: f"{routing.select.value}-{routing.score.value}",
+)
+def test_steered_expert_comes_first_with_a_gate_that_counts(routing: Routing) -> None:
+    torch.manual_seed(0)
+    logits, bias = torch.randn(EXPERTS, EXPERTS) * 5, torch.randn(EXPERTS) * 50
+    select_bias = None if routing.select is Select.SPARSEMIXER else bias
+    steering = torch.arange(EXPERTS)
+    steering[0] = -1
+    ids, gates, count = route(RouteInputs(logits, select_bias=select_bias, steering=steering), routing)
+    assert torch.equal(ids[1:, 0], steering[1:])
+    assert float(gates[1:, 0].min()) > 0.5 and int(count.min()) >= 1
+    free = route(RouteInputs(logits, select_bias=select_bias), routing)
+    assert torch.equal(ids[0], free[0][0]) and torch.equal(gates[0], free[1][0])
+
+
+def test_steering_does_not_lift_a_mask() -> None:
+    mask = torch.ones(4, dtype=torch.bool)
+    mask[3] = False
+    ids, _, count = route(RouteInputs(torch.randn(1, 4), mask=mask, steering=torch.tensor([3])), Routing(k=4))
+    assert count.tolist() == [3] and 3 not in ids[0, :3].tolist()
