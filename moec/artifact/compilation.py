@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import moec
-from moec.artifact.emission import COPIED_FILES, emit_folder
+from moec.artifact.emission import emit_folder
 from moec.artifact.folder import atomic_folder
 from moec.artifact.ledger import LedgerEntry
 from moec.artifact.manifest import (
@@ -32,13 +32,14 @@ from moec.artifact.measurements import (
 )
 from moec.artifact.memory import MemoryWatch
 from moec.artifact.opened import MODEL_FILE, MODULE_FILE, ONNX_FOLDER
-from moec.artifact.options import CompileOptions
+from moec.artifact.options import COPIED_FILES, CompileOptions
 from moec.artifact.plan import plan_compilation
 from moec.artifact.record import write_record
 from moec.artifact.recorder import LedgerRecorder
-from moec.artifact.report import Report, write_report
+from moec.artifact.report import LoweringFacts, Report, write_report
 from moec.artifact.summary import active_parameters, layer_facts, model_size
 from moec.artifact.verification import bound_for, verification_batch, verify_model
+from moec.codegen.onnx.emit import OnnxReport
 from moec.codegen.onnx.targets import parse_target
 from moec.dialects.builtin import ModuleOp
 from moec.frontend.huggingface import load_huggingface
@@ -102,7 +103,7 @@ def compile_folder(
             text = print_operation(module.op, locations=True)
             (folder / MODULE_FILE).write_text(f"{text}\n", encoding="utf-8")
         with step("emit ONNX"):
-            emit_folder(
+            emitted = emit_folder(
                 module,
                 folder / ONNX_FOLDER,
                 target=options.target,
@@ -136,7 +137,7 @@ def compile_folder(
             verification=tuple(rows),
         )
         write_record(folder / MEASUREMENTS_NAME, measurements)
-        report = _report(source, module, manifest, measurements, before.bytes)
+        report = _report(source, module, emitted, manifest, measurements, before.bytes)
         write_report(folder, report)
     return CompileResult(output, module, manifest, measurements, report, outcome)
 
@@ -197,7 +198,14 @@ def source_files(source: Path) -> dict[str, FileRecord]:
     return {name: describe_file(source / name) for name in names}
 
 
-def _report(source: Path, module: Module, manifest: Manifest, measurements: Measurements, source_bytes: int) -> Report:
+def _report(
+    source: Path,
+    module: Module,
+    emitted: OnnxReport,
+    manifest: Manifest,
+    measurements: Measurements,
+    source_bytes: int,
+) -> Report:
     size = model_size(module)
     return Report(
         title=source.resolve().name,
@@ -212,6 +220,18 @@ def _report(source: Path, module: Module, manifest: Manifest, measurements: Meas
         source_bytes=source_bytes,
         artifact_bytes=measurements.actual.disk_bytes,
         layers=layer_facts(module),
+        lowerings=tuple(
+            LoweringFacts(
+                layer=layer.layer,
+                lowering=layer.choice.lowering.value,
+                reason=layer.choice.reason,
+                nodes=layer.nodes,
+                parity=layer.parity,
+            )
+            for layer in emitted.layers
+        ),
+        nodes=emitted.node_count,
+        without_genai=emitted.without_genai,
         ledger=manifest.ledger,
         verification=measurements.verification,
         losses=(),

@@ -5,25 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from moec.artifact.options import OptimizeFor, OutputDType
+from moec.artifact.options import COPIED_FILES, OptimizeFor, OutputDType
 from moec.codegen.onnx.emit import OnnxReport, emit_onnx
 from moec.codegen.onnx.targets import parse_target
 from moec.ir import DType
 from moec.module import Module
 
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "config.json",
-)
 _DTYPES = {OutputDType.FLOAT32: DType.F32, OutputDType.FLOAT16: DType.F16}
 
 

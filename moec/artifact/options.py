@@ -12,6 +12,24 @@ RAISING_PIPELINE = "canonicalize,cse,dce,expand-complex,raise-nn,raise-moe,canon
 DECODER_PIPELINE = "add-kv-cache"
 """Runs after them on decoders: generation needs the cache."""
 
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+"""What is copied from the source folder beside the exported model."""
+
+LEAN_BYTES = 128 << 20
+"""An exported model larger than this is verified from its mapped file, without copies of its weights."""
+
 
 class Check(Enum):
     """How much of the model the ledger compares before and after each pass."""

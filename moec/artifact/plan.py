@@ -1,35 +1,36 @@
 """What a compilation will cost, predicted from the config alone: no weight is read and nothing is traced.
 
-The constants were fitted to compilations of the demo model, of SmolLM2-135M and of a synthetic 8 GiB checkpoint on two
-cores; every compilation records prediction and outcome in measurements.json, so that a drift can be seen.
+The constants were fitted to compilations of the demo model and of SmolLM2-135M on an otherwise idle core; every
+compilation records prediction and outcome in measurements.json, so that a drift can be seen.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.artifact.measurements import Cost
-from moec.artifact.options import Check, CompileOptions
+from moec.artifact.options import COPIED_FILES, LEAN_BYTES, Check, CompileOptions
 
 if TYPE_CHECKING:
     from torch import nn
 
 _MIB = 1 << 20
-_START_SECONDS = 4.0  # importing torch, transformers and ONNX Runtime
+_START_SECONDS = 5.0  # what the first trace of a process costs
 _LAYER_SECONDS = 0.45  # tracing, passes and emission of one layer, whatever its width
 _EXPERT_SECONDS = 0.004  # emission of one expert
-_READ_BYTES_PER_SECOND = 400 * _MIB  # weights through conversion, digest and disk
-_CHECK_BYTES_PER_SECOND = 150 * _MIB  # weights through the float64 executor
-_START_MEMORY = 650 * _MIB
-_GRAPH_BYTES_PER_LAYER = 40_000
-_COPIES_IN_FLIGHT = 3  # of the largest tensor: as read, converted, and on its way to the file
+_WRITTEN_BYTES_PER_SECOND = 400 * _MIB  # weights through conversion, digest and disk
+_COMPARED_SECONDS = 3.5e-8  # per parameter: once through the ledger in float64, once through the verification
+_GRAPH_BYTES_PER_LAYER = 60_000  # model.onnx, module.mlir and the report
+_START_MEMORY = 370 * _MIB
+_COPIES = 2.5  # of the largest matrix in float32: as read, converted, and on its way
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The prediction for one source and set of options. `largest` is the largest weight in bytes as written."""
+    """The prediction for one source and set of options. `largest` is the largest matrix in bytes of float32."""
 
     architecture: str
     parameters: int
@@ -48,31 +49,36 @@ def plan_compilation(source: Path, options: CompileOptions) -> Plan:
 
     values = read_config(source)
     model = _model_on_meta(values, str(source / CONFIG_FILE))
-    itemsize = options.dtype.itemsize
-    parameters = {id(parameter): parameter for parameter in model.parameters()}
-    count = sum(parameter.numel() for parameter in parameters.values())
-    largest = max((parameter.numel() for parameter in parameters.values()), default=0) * itemsize
+    parameters = list({id(parameter): parameter for parameter in model.parameters()}.values())
+    count = sum(parameter.numel() for parameter in parameters)
+    # Experts are read one by one, whatever stack they are in.
+    largest = max((4 * math.prod(parameter.shape[-2:]) for parameter in parameters), default=0)
     layers = int(getattr(model.config, "num_hidden_layers", 0) or 0)
     experts = _experts(model)
-    written = 0 if options.weights_in_place else count * itemsize
-    extra = sum(path.stat().st_size for path in source.glob("*.json") if path.name != "model.safetensors.index.json")
-    disk = written + extra + _GRAPH_BYTES_PER_LAYER * layers
-    checks = 0 if options.check is Check.NONE else 1
+    written = 0 if options.weights_in_place else count * options.dtype.itemsize
+    companions = sum((source / name).stat().st_size for name in COPIED_FILES if (source / name).is_file())
+    comparisons = int(options.check is not Check.NONE) + int(options.verify)
     seconds = (
         _START_SECONDS
         + _LAYER_SECONDS * layers
         + _EXPERT_SECONDS * experts
-        + written / _READ_BYTES_PER_SECOND
-        + checks * count * 8 / _CHECK_BYTES_PER_SECOND
+        + written / _WRITTEN_BYTES_PER_SECOND
+        + _COMPARED_SECONDS * comparisons * count
     )
-    memory = _START_MEMORY + _COPIES_IN_FLIGHT * largest
+    memory = _START_MEMORY + round(_COPIES * largest)
+    if options.verify and written <= LEAN_BYTES:
+        memory += written
     return Plan(
         architecture=type(model).__name__,
         parameters=count,
         layers=layers,
         experts=experts,
         largest=largest,
-        cost=Cost(seconds=round(seconds, 1), memory_bytes=memory, disk_bytes=disk),
+        cost=Cost(
+            seconds=round(seconds, 1),
+            memory_bytes=memory,
+            disk_bytes=written + companions + _GRAPH_BYTES_PER_LAYER * max(layers, 1),
+        ),
     )
 
 

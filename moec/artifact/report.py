@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -43,6 +44,16 @@ class LayerFacts(Record):
         return experts + self.feed_forward_bytes + self.other_bytes
 
 
+class LoweringFacts(Record):
+    """How the backend emitted the experts of one layer, and why; `parity` is the difference that its gate measured."""
+
+    layer: str
+    lowering: str
+    reason: str
+    nodes: int = Field(ge=0)
+    parity: float | None
+
+
 class Report(Record):
     """The content of report.json."""
 
@@ -58,6 +69,9 @@ class Report(Record):
     source_bytes: int
     artifact_bytes: int
     layers: tuple[LayerFacts, ...]
+    lowerings: tuple[LoweringFacts, ...]
+    nodes: int
+    without_genai: str | None
     ledger: tuple[LedgerEntry, ...]
     verification: tuple[VerificationRow, ...]
     losses: tuple[LossRow, ...]
@@ -67,6 +81,20 @@ class Report(Record):
     actual: Cost
     machine: Machine
     versions: dict[str, str]
+
+
+def layer_runs(layers: Sequence[LayerFacts]) -> list[tuple[str, LayerFacts]]:
+    """Neighbours that differ only in name, as one: (`model.layers.0 … 29`, the first of them)."""
+    runs: list[tuple[LayerFacts, LayerFacts]] = []
+    for layer in layers:
+        if runs and layer.model_copy(update={"name": ""}) == runs[-1][0].model_copy(update={"name": ""}):
+            runs[-1] = (runs[-1][0], layer)
+        else:
+            runs.append((layer, layer))
+    return [
+        (first.name if first is last else f"{first.name} … {last.name.rpartition('.')[2]}", first)
+        for first, last in runs
+    ]
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -91,7 +119,7 @@ def render_report(report: Report) -> str:
     )
     environment.filters["size"] = format_size
     environment.filters["number"] = format_number
-    return environment.get_template("report.html.j2").render(report=report)
+    return environment.get_template("report.html.j2").render(report=report, runs=layer_runs(report.layers))
 
 
 def format_size(size: float) -> str:

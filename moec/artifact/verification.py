@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from moec.artifact.measurements import VerificationRow
-from moec.artifact.options import OutputDType
+from moec.artifact.options import LEAN_BYTES, OutputDType
 from moec.artifact.runtime import OnnxModel
 from moec.artifact.summary import layer_of_experts
 from moec.artifact.tokens import TokenBatch, function_inputs, token_batch
@@ -35,7 +35,6 @@ FLOAT16_BOUND = 2e-2
 TIE_MARGIN = 1e-4
 """A choice of experts is a tie if it changes when values move by this share of the largest one: float32 rounding, grown
 by the layers before it."""
-_LEAN_BYTES = 512 << 20
 _ROWS, _LENGTH = 2, 32
 
 
@@ -79,7 +78,7 @@ def verify_model(
     if exact:
         rows += compare_with_source(ir, run_reference(original.op, original.weights, batch), batch)
         require_rows(rows)
-    lean = sum(item.stat().st_size for item in path.parent.iterdir()) > _LEAN_BYTES
+    lean = sum(item.stat().st_size for item in path.parent.iterdir()) > LEAN_BYTES
     rows += compare_artifact(path, ir, batch, bound_for(dtype), lean=lean)
     require_rows(rows)
     return rows

@@ -84,12 +84,12 @@ def _sizes(parameters: int, active: int, flops: int) -> str:
 
 
 def _layer_table(layers: tuple[LayerFacts, ...]) -> str:
-    from moec.artifact.report import format_size
+    from moec.artifact.report import format_size, layer_runs
 
     rows = [("layer", "kind", "experts", "width", "top-k", "bytes", "routing")]
-    for layer in layers:
+    for name, layer in layer_runs(layers):
         experts = " + ".join(f"{len(group.experts)} {group.body}" for group in layer.classes)
         width = " + ".join(f"{group.width}" for group in layer.classes)
         top_k = str(layer.top_k) if layer.top_k else ""
-        rows.append((layer.name, layer.kind, experts, width, top_k, format_size(layer.total_bytes), layer.routing))
+        rows.append((name, layer.kind, experts, width, top_k, format_size(layer.total_bytes), layer.routing))
     return table(rows, numbers=frozenset({4, 5}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moec.artifact.ledger import CheckOutcome, LayerError, LedgerEntry, ModelSize
 from moec.artifact.measurements import Cost, LossRow, SpeedRow, StepTime, VerificationRow, this_machine
-from moec.artifact.report import ExpertClassFacts, LayerFacts, Report
+from moec.artifact.report import ExpertClassFacts, LayerFacts, LoweringFacts, Report
 
 
 def sample_report() -> Report:
@@ -42,6 +42,12 @@ def sample_report() -> Report:
         source_bytes=12341760,
         artifact_bytes=12000000,
         layers=layers,
+        lowerings=(
+            LoweringFacts(layer="layers.1", lowering="lean", reason="8 experts", nodes=49, parity=None),
+            LoweringFacts(layer="layers.2", lowering="fused", reason="many experts", nodes=7, parity=3e-7),
+        ),
+        nodes=312,
+        without_genai=None,
         ledger=(
             LedgerEntry(
                 pass_text="raise-nn",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.artifact.report import format_number, format_size, read_report, render_report, write_report
+from moec.artifact.report import format_number, format_size, layer_runs, read_report, render_report, write_report
 from tests.artifact.samples import sample_report
 
 
@@ -75,3 +75,11 @@ def test_sizes(size: float, text: str) -> None:
 @pytest.mark.parametrize(("number", "text"), [(1234567, "1,234,567"), (3.1e-6, "3.10e-06"), (0.0, "0"), (2.5, "2.5")])
 def test_numbers(number: float, text: str) -> None:
     assert format_number(number) == text
+
+
+def test_equal_neighbours_are_one_row() -> None:
+    dense, mixture, *_ = sample_report().layers
+    layers = [mixture.model_copy(update={"name": f"model.layers.{index}"}) for index in range(3)]
+    runs = layer_runs([dense, *layers, dense])
+    assert [name for name, _ in runs] == ["layers.0", "model.layers.0 … 2", "layers.0"]
+    assert runs[1][1].classes == mixture.classes
