@@ -193,7 +193,7 @@ class GraphImporter:
             self.values[node] = self.value(next(iter(node.all_input_nodes)))
         elif name in self.handlers:
             self.values[node] = self.handlers[name](self, node, arguments)
-        elif torch.Tag.nondeterministic_seeded in node.target.tags:
+        elif torch.Tag.nondeterministic_seeded in node.target.tags and arguments.get("dropout_p", _drops(name)):
             raise UnsupportedModelError(f"the model draws random numbers ({name})")
         elif node.target.namespace == "aten":
             self._import_aten(node, name, arguments)
@@ -230,6 +230,9 @@ class GraphImporter:
                 if not (described.has_default and same):
                     attributes[key] = value
         _resolve_open_sizes(name, attributes, types[0])
+        if name == "aten.rms_norm.default" and "eps" not in attributes:
+            # torch takes that of the element type, which a run in another precision would not know
+            attributes["eps"] = torch.finfo(results.dtype).eps
         if layout:
             attributes["operand_layout"] = tuple(layout)
         op = Operation.create(name, operands, types, attributes, [], self.location)
@@ -243,6 +246,11 @@ def _is_same_copy(node: fx.Node, name: str) -> bool:
     if name != "aten._to_copy.default" or not isinstance(source, fx.Node):
         return False
     return bool(source.meta["val"].dtype == node.meta["val"].dtype)
+
+
+def _drops(name: str) -> bool:
+    """Whether an operation that may draw random numbers does so by default."""
+    return name != "aten.scaled_dot_product_attention.default"
 
 
 def _resolve_open_sizes(name: str, attributes: dict[str, Any], result: TensorType) -> None:
