@@ -50,7 +50,7 @@ class ModuleOp(Op, name="builtin.module", regions=1, open_attributes=True):
                 raise VerifyError(f"two functions are named {name}", self)
 
 
-class FuncOp(Op, name="func.func", regions=1, open_attributes=True):
+class FuncOp(Op, name="func.func", regions=1, isolated=True, open_attributes=True):
     """A function. `arg_names` and `result_names` are the names that an artifact shows to its users."""
 
     property_names = frozenset({"sym_name", "function_type"})

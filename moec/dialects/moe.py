@@ -290,7 +290,7 @@ class ExpertClass:
     operands: int
 
 
-class ExpertsOp(Op, name="moe.experts", pure=True, regions=None):
+class ExpertsOp(Op, name="moe.experts", pure=True, regions=None, isolated=True):
     """y[t] = sum over slots of gate * expert(x[t]), with one region per class of experts.
 
     `x` [T, H], `ids` i64 [T, K] name router outputs, `gates` [T, K]; a slot with gate 0 is empty. `stored[r]` is the

@@ -173,7 +173,7 @@ class AttentionOp(Op, name="nn.attention", pure=True):
         return results
 
 
-class MLPOp(Op, name="nn.mlp", pure=True, regions=1):
+class MLPOp(Op, name="nn.mlp", pure=True, regions=1, isolated=True):
     """A dense feed-forward block. The region computes it on [tokens, H] from its weights, exactly as one expert of
     `moe.experts`."""
 

@@ -163,11 +163,13 @@ class Op(Operation):
         pure: bool = False,
         terminator: bool = False,
         regions: int | None = 0,
+        isolated: bool = False,
         open_attributes: bool = False,
     ) -> None:
-        """`regions=None` allows any number; `open_attributes` allows attributes that have no descriptor."""
+        """`regions=None` allows any number; an `isolated` operation's regions read nothing from outside of them;
+        `open_attributes` allows attributes that have no descriptor."""
         super().__init_subclass__()
-        cls.op_name, cls.pure, cls.terminator = name, pure, terminator
+        cls.op_name, cls.pure, cls.terminator, cls.isolated = name, pure, terminator, isolated
         cls.region_count, cls.open_attributes = regions, open_attributes
         flexible = [spec for _, spec in cls.operand_specs if spec.optional or spec.variadic]
         cls._all_variadic = len(cls.operand_specs) == 1 and bool(flexible)

@@ -93,6 +93,8 @@ class Operation:
     # attributes that the text puts into `<{...}>`; None for all. MLIR drops those that its own operations do not know,
     # so the others stand in `{...}` behind the regions.
     property_names: ClassVar[frozenset[str] | None] = None
+    # regions of this operation read no values from outside of them
+    isolated: ClassVar[bool] = False
     pure: ClassVar[bool] = False
     terminator: ClassVar[bool] = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moec.errors import MoecError
-from moec.ir.operation import Operation, Value
+from moec.ir.operation import BlockArgument, Operation, OpResult, Value
 
 
 class VerifyError(MoecError):
@@ -40,13 +40,34 @@ def verify(op: Operation) -> None:
     _verify_operation(op, set())
 
 
+def _closed_around(op: Operation, value: Value) -> Operation | None:
+    """The isolated operation between the block of `value` and `op`; None where there is none."""
+    home = (
+        value.owner.parent if isinstance(value, OpResult) else value.block if isinstance(value, BlockArgument) else None
+    )
+    closed = None
+    inner: Operation | None = op
+    while inner is not None:
+        if inner.parent is home:
+            return closed
+        inner = inner.parent_op
+        if inner is not None and inner.isolated:
+            closed = inner
+    return None
+
+
 def _verify_operation(op: Operation, visible: set[Value]) -> None:
     for index, value in enumerate(op._operands):
         if value not in visible:
+            closed = _closed_around(op, value)
+            if closed is not None:
+                raise VerifyError(f"operand {index} of {op.name} is from outside of {closed.name}, which is closed", op)
             raise VerifyError(f"operand {index} of {op.name} does not dominate this use", op)
         if (op, index) not in value.uses:
             raise VerifyError(f"the use list of operand {index} of {op.name} lacks this use", op)
     op.verify_op()
+    if op.isolated:
+        visible = set()
     for region in op.regions:
         block = region.block
         defined: list[Value] = list(block.arguments)

@@ -332,6 +332,19 @@ def test_structure() -> None:
     assert "nn.mlp" in caught.value.where
 
 
+@pytest.mark.parametrize("name", ["nn.mlp", "moe.experts"])
+def test_bodies_are_closed(name: str) -> None:
+    module, op = find(name)
+    body = op.regions[0].block
+    assert body.first is not None
+    # the right type, but from outside: the stack or weight of the whole operation
+    index = next(i for i, value in enumerate(op.operands) if value.type == body.first.operands[1].type or i == 3)
+    copy = body.first.clone({body.first.operands[1]: op.operands[index]})
+    copy.insert_before(body.first)
+    with pytest.raises(VerifyError, match=f"operand 1 of aten.linear.default is from outside of {name}"):
+        verify(module)
+
+
 def test_two_functions_of_one_name() -> None:
     module = parse_module(TEXT)
     assert isinstance(module, ModuleOp)
