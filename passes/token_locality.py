@@ -112,6 +112,8 @@ class _Judge:
         for result in op.results:
             if len(self._axes(result)) > 1:
                 return "its result holds a value for each pair of tokens"
+            if any(self._shared(shape(result)[at]) for at in self._axes(result)):
+                return "an axis of its result counts tokens and something else"
         if isinstance(op, RMSNormOp | LayerNormOp | MLPOp):
             return self._not_last(op.x)
         if isinstance(op, RouteOp | ExpertsOp):
@@ -130,6 +132,12 @@ class _Judge:
         return [
             at for at, size in enumerate(kind.shape) if isinstance(size, DimExpr) and self._symbol in size.symbols()
         ]
+
+    def _shared(self, size: int | DimExpr) -> bool:
+        """Whether an axis counts more than the tokens of a batch, so that their order in it is not known."""
+        assert isinstance(size, DimExpr)
+        (atoms, factor), *others = size.terms
+        return bool(others) or factor != 1 or not all(isinstance(atom, str) for atom in atoms)
 
     def _not_last(self, value: Value) -> str:
         return "it works along the tokens" if len(shape(value)) - 1 in self._axes(value) else ""

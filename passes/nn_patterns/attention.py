@@ -16,7 +16,7 @@ Sizes = tuple[int | DimExpr, ...]
 
 _SWAP_HEADS = (0, 2, 1, 3)
 _SWAP_LAST = (0, 1, 3, 2)
-# A finite fill value this low hides every score that is added to it, so that rows without keys stay uniform.
+# Added to any score, a number this low gives itself.
 _HIDING = -1e30
 
 
@@ -78,8 +78,8 @@ def raise_attention(op: AtenOp, rewriter: Rewriter) -> bool:
     query, transposed_key = product.operands
     if len(shape(query)) != 4 or len(shape(transposed_key)) != 4:
         return rewriter.refuse(op, f"the query {query.type} is not [batch, heads, seq, channels]")
-    if additive and allowed:
-        return rewriter.refuse(op, "it has both a boolean and an added mask")
+    if (additive and allowed) or len({item.fill for item in allowed}) > 1:
+        return rewriter.refuse(op, "it has masks of several kinds")
     batch, key_heads, width, keys = shape(transposed_key)
     masks = [shape(item.condition) for item in allowed if item.condition is not None] + [shape(one) for one in additive]
     problem = _misfit(query.type, (batch, key_heads, keys, width), shape(value), masks)
@@ -91,6 +91,8 @@ def raise_attention(op: AtenOp, rewriter: Rewriter) -> bool:
         assert item.condition is not None
         one = item.attend(build)
         mask = one if mask is None else _combined(build, "logical_and.default", mask, one)
+    if mask is not None and allowed[0].fill != -math.inf:
+        mask = _added(build, mask, allowed[0].fill, tensor(query).dtype)
     for added in additive:
         mask = added if mask is None else _combined(build, "add.Tensor", mask, added)
     if mask is not None:
@@ -164,6 +166,16 @@ def _longer(one: Value, other: Value) -> Value:
     return one if len(shape(one)) >= len(shape(other)) else other
 
 
+def _added(build: Builder, attend: Value, fill: float, dtype: DType) -> Value:
+    """A mask to add. Unlike a boolean one it leaves a query that may see no key an average of all of them, as a finite
+    fill does."""
+    numbers = [
+        build.aten("scalar_tensor.default", {}, TensorType((), dtype), s=number, dtype=dtype) for number in (0.0, fill)
+    ]
+    kind = tensor(attend).with_dtype(dtype)
+    return build.aten("where.self", {"condition": attend, "self": numbers[0], "other": numbers[1]}, kind)
+
+
 def _causal_mask(build: Builder, query: Value, key: Value) -> Value:
     keys = shape(key)[2]
     ones = build.aten("ones.default", {}, TensorType((1, keys), DType.I64), size=(1, keys), dtype=DType.I64)
@@ -173,12 +185,13 @@ def _causal_mask(build: Builder, query: Value, key: Value) -> Value:
 
 @dataclass(frozen=True)
 class _Masked:
-    """`scores` under a mask: something `added`, or a `condition` that forbids (or allows) with -inf or `fill`."""
+    """`scores` under a mask: something `added`, or a `condition` that forbids (or allows) by writing `fill`."""
 
     scores: Value
     added: Value | None = None
     condition: Value | None = None
     forbids: bool = False
+    fill: float = -math.inf
     problem: str = ""
 
     def attend(self, build: Builder) -> Value:
@@ -230,7 +243,7 @@ def _filled(scores: Value, condition: Value, fill: float, forbids: bool) -> _Mas
     if not _reaches_product(scores):
         return None
     if fill == -math.inf or fill <= _HIDING:
-        return _Masked(scores, condition=condition, forbids=forbids)
+        return _Masked(scores, condition=condition, forbids=forbids, fill=fill)
     return _Masked(scores, problem=f"masked scores become {fill}, which lets a little of them through")
 
 

@@ -303,6 +303,15 @@ def test_attention(spelling, key_heads: int) -> None:
     assert not [refusal for refusal in context.refusals if refusal.operation == "aten.matmul.default"]
 
 
+def test_query_that_sees_no_key_keeps_the_average_of_a_finite_fill() -> None:
+    def hidden(q, k, v):
+        allowed = causal(q) & (torch.arange(q.shape[2]) > 1)[:, None]
+        return softmax((scores(q, k) * 0.3).masked_fill(~allowed, torch.finfo(torch.float32).min)) @ v
+
+    module, _ = raised(Attention(hidden), x=HIDDEN)
+    assert module.operation_counts()["nn.attention"] == 1
+
+
 def test_attention_that_leaks_through_its_mask_is_refused() -> None:
     def leaking(q, k, v):
         return softmax((scores(q, k) * 0.3).masked_fill(~causal(q), -10.0)) @ v
