@@ -37,16 +37,20 @@ def _set(op: RouteOp, rewriter: Rewriter, routing: Routing) -> bool:
     return True
 
 
-def _choice_is_by_order(op: RouteOp) -> bool:
-    """Whether only the order of the choice values matters, not the values themselves."""
+def _what_reads_values(op: RouteOp) -> str:
+    """What makes the values that the choice is made on matter, and not only their order; empty if nothing does."""
     routing = op.routing
     if routing.select not in _NEVER_EMPTY:
-        return False
-    if op.select_bias is not None or op.score_override is not None:
-        return False
-    return not routing.limits_groups or (
-        routing.group_score is GroupScore.MAX and routing.group_fill is GroupFill.NEG_INF
-    )
+        return f"{routing.select.value} selection reads the score itself"
+    if op.select_bias is not None:
+        return "select_bias is added to the score"
+    if op.score_override is not None:
+        return "some rows of scores come from an operand"
+    if routing.limits_groups and routing.group_score is not GroupScore.MAX:
+        return "groups are rated by a sum of scores"
+    if routing.limits_groups and routing.group_fill is not GroupFill.NEG_INF:
+        return "experts outside the groups compete with the score 0"
+    return ""
 
 
 def _leaves_out(op: RouteOp) -> bool:
@@ -120,8 +124,9 @@ def choose_on_logits(op: RouteOp, rewriter: Rewriter) -> bool:
     routing = op.routing
     if routing.choice_on is ChoiceOn.LOGIT or routing.score not in _MONOTONE:
         return False
-    if not _choice_is_by_order(op):
-        return rewriter.refuse(op, "more than the order of the scores matters to the choice")
+    reason = _what_reads_values(op)
+    if reason:
+        return rewriter.refuse(op, reason)
     return _set(op, rewriter, replace(routing, choice_on=ChoiceOn.LOGIT))
 
 
