@@ -66,6 +66,26 @@ def overwrite(
     return Assembly(kind, dim, tuple(pieces))
 
 
+def part_of(
+    assembly: Assembly, kind: TensorType, dim: int, start: Size, stop: Size, block: Block, at: Location
+) -> Assembly | None:
+    """Elements start..stop along `dim`, of type `kind`, without joining the pieces; None where they must be joined."""
+    if all(piece.value is None for piece in assembly.pieces):
+        return uninitialised(kind)
+    if dim != assembly.dim:
+        return None
+    cut: list[Piece] = []
+    for piece in assembly.pieces:
+        if _before(piece.stop, start) or _before(stop, piece.start):
+            continue
+        first = piece.start if _before(start, piece.start) else start
+        last = piece.stop if _before(piece.stop, stop) else stop
+        whole = first == piece.start and last == piece.stop
+        kept = piece if whole else _part(piece, first, last, assembly.kind, dim, block, at)
+        cut.append(Piece(first - start, last - start, kept.value))
+    return Assembly(kind, dim, tuple(cut))
+
+
 def materialise(assembly: Assembly, block: Block, at: Location) -> Value:
     """The tensor as one value. Raises UnsupportedModelError if a part of it was never written."""
     values = [piece.value for piece in assembly.pieces if piece.value is not None]

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from moec.errors import UnsupportedModelError
-from moec.frontend.assembly import Assembly, overwrite, uninitialised
+from moec.frontend.assembly import Assembly, overwrite, part_of, uninitialised
 from moec.frontend.graph_importer import GraphImporter, Handler
 from moec.frontend.graph_types import constant, node_type
 from moec.ir import DimExpr, DType, TensorType, Value
@@ -35,13 +35,19 @@ def _import_copy(importer: GraphImporter, node: fx.Node, arguments: dict[str, An
     return value
 
 
-def _import_slice(importer: GraphImporter, node: fx.Node, arguments: dict[str, Any]) -> Value:
+def _import_slice(importer: GraphImporter, node: fx.Node, arguments: dict[str, Any]) -> Value | Assembly:
     """A slice with bounds counted from the start; one that takes everything is the tensor itself."""
-    value, kind = importer.value(arguments["self"]), node_type(node, importer.sizes)
-    source = _type_of(value)
+    source, kind = node_type(arguments["self"], importer.sizes), node_type(node, importer.sizes)
     dim = int(arguments.get("dim", 0)) % source.rank
     start, stop = _bounds(importer, source.shape[dim], arguments)
     step = int(arguments.get("step", 1))
+    given = importer.raw_value(arguments["self"])
+    if isinstance(given, Assembly) and step == 1:
+        whole = start == 0 and stop == source.shape[dim]
+        part = given if whole else part_of(given, kind, dim, start, stop, importer.block, importer.location)
+        if part is not None:
+            return part
+    value = importer.value(arguments["self"])
     if start == 0 and stop == source.shape[dim] and step == 1:
         return value
     return importer.append_aten("slice.Tensor", {"self": value}, kind, dim=dim, start=start, end=stop, step=step)
@@ -52,6 +58,10 @@ def _import_slice_scatter(importer: GraphImporter, node: fx.Node, arguments: dic
     dim = int(arguments.get("dim", 0)) % kind.rank
     start, stop = _bounds(importer, kind.shape[dim], arguments)
     step = int(arguments.get("step", 1))
+    if start == 0 and stop == kind.shape[dim] and step == 1:
+        everything = importer.raw_value(arguments["src"])
+        assert not isinstance(everything, tuple)
+        return everything
     value = importer.value(arguments["src"])
     if step != 1:
         return _scatter_strided(importer, importer.value(arguments["self"]), value, dim, (start, stop, step))

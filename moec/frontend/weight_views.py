@@ -1,4 +1,4 @@
-"""Views of parameters as weights: `parameter.view(...)[:n]` becomes a weight expression, so that no operation is left."""
+"""Views of parameters as weights: `parameter.view(...)[:n]` becomes a weight expression, without operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_INDEX = (1 << 63) - 1
 
 
 def parameter_behind(node: fx.Node) -> fx.Node | None:
-    """The placeholder that a node is a view of, through operations that `view_expression` knows; None where there is none."""
+    """The placeholder that a node is a view of, through operations that `view_expression` knows, or None."""
     while node.op == "call_function" and str(node.target) in _VIEWS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node if node.op == "placeholder" else None

@@ -219,7 +219,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     routers = {
         name for name, tensor in model.named_parameters() if tensor.ndim == 2 and tensor.shape[0] == EXPERT_COUNT
     }
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     tensors.update((name, tensor) for name, tensor in model.named_buffers() if name in stored)
     embedding = model.get_input_embeddings().weight if isinstance(model, PreTrainedModel) else None
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
