@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +13,12 @@ from torch import nn
 from moec.artifact.options import RAISING_PIPELINE
 from moec.frontend.huggingface import load_huggingface
 from moec.frontend.torch_export import load_torch
-from moec.ir import verify
+from moec.ir import Operation, Value, verify
 from moec.module import Module
 from moec.pipeline.base import PassContext
 from moec.pipeline.registry import find_pass
 from moec.reference.executor import Executor
+from moec.rewrite import Refusal
 from tests.frontend.tiny_models import random_tokens, save_tiny_checkpoint
 
 LENGTH, LEFT_PADDING = 13, 3
@@ -41,20 +43,65 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def raised(module: nn.Module, pipeline: str = RAISING_PIPELINE, **inputs: torch.Tensor) -> tuple[Module, PassContext]:
-    """A module of torch with inputs [batch, seq, ...], after passes that must not change what it computes."""
+class Several(nn.Module):
+    """Applies each of its parts to the same x, so that one trace serves many tests."""
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts.values())
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        # inputs differ, so that parts share nothing
+        return [part(x * (1.5 + index)) for index, part in enumerate(self.parts)]
+
+
+@dataclass(frozen=True)
+class Raised:
+    """What one part became: the operations that its result needs, how far it is from the trace, and refusals of any
+    part."""
+
+    ops: list[Operation]
+    error: float
+    refusals: list[Refusal]
+
+    def named(self, name: str) -> list[Any]:
+        """The operations of one kind."""
+        return [op for op in self.ops if op.name == name]
+
+    def names(self) -> set[str]:
+        """The kinds of operations."""
+        return {op.name for op in self.ops}
+
+
+def raise_all(parts: Mapping[str, nn.Module], x: torch.Tensor, pipeline: str = RAISING_PIPELINE) -> dict[str, Raised]:
+    """Modules of one input [batch, seq, ...] after passes, by name. Their parameters are made random."""
     torch.manual_seed(0)
-    module = copy.deepcopy(module).eval()
+    module = Several(parts).eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    dynamic = {name: {0: "batch", 1: "seq"} for name in inputs}
-    traced = load_torch(module, inputs, dynamic=dynamic)
-    expected = compute(traced, inputs)
+    names = [f"result{index}" for index in range(len(parts))]
+    traced = load_torch(module, {"x": x}, dynamic={"x": {0: "batch", 1: "seq"}}, result_names=names)
+    expected = compute(traced, {"x": x})
     context = apply(traced, pipeline)
-    for name, found in compute(traced, inputs).items():
-        assert relative_error(found, expected[name]) < 1e-12
-    return traced, context
+    found = compute(traced, {"x": x})
+    returned = traced.main.return_op.operands
+    return {
+        name: Raised(_needed(value), relative_error(found[result], expected[result]), context.refusals)
+        for name, value, result in zip(parts, returned, names, strict=True)
+    }
+
+
+def _needed(value: Value) -> list[Operation]:
+    """The operations that a value depends on."""
+    ops: dict[Operation, None] = {}
+    stack = [value]
+    while stack:
+        op = stack.pop().defining_op
+        if op is not None and op not in ops:
+            ops[op] = None
+            stack.extend(op.operands)
+    return list(ops)
 
 
 def load_tiny(model_type: str, folder: Path) -> tuple[Module, dict[str, torch.Tensor]]:
