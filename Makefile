@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Nothing here may reach a model hub, and one thread per process keeps numbers and timings repeatable.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+export OMP_NUM_THREADS := 1
 
 .PHONY: install demo test test-slow lint bench clean
 

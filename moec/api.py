@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moec.artifact.options import Check, CompileOptions, OptimizeFor, OutputDType
+from moec.artifact.options import Check, CompileOptions, OptimizeFor, OutputDType, default_store
 from moec.module import Module
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def compile(
     weights_in_place: bool = False,
     verify: bool = True,
     text: str | Path | None = None,
+    store: str | Path | None = None,
     replace: bool = False,
 ) -> CompileResult:
     """Compiles a Hugging Face folder into the artifact folder `output`; the options are those of `moec compile`.
@@ -78,6 +79,7 @@ def compile(
         weights_in_place=weights_in_place,
         verify=verify,
         text=None if text is None else Path(text),
+        store=default_store() if store is None else Path(store),
     )
     return compile_folder(Path(source), Path(output), options, replace=replace)
 

@@ -48,6 +48,7 @@ from moec.module import Module
 from moec.pipeline.base import Claim
 from moec.pipeline.instruments import Instrument
 from moec.pipeline.manager import PassManager, Pipeline, PipelineReport
+from moec.weights.store import WeightStore
 
 _VERSIONED = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
@@ -91,7 +92,7 @@ def compile_folder(
         with step("predict"):
             predicted = plan_compilation(source, options).cost
         with step("load"):
-            module = load_huggingface(source)
+            module = load_huggingface(source, WeightStore(options.store))
             original = _copy(module)
             pipeline = Pipeline.parse(options.full_pipeline(decoder=module.source.kind == "decoder"))
             before = model_size(module)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -29,6 +30,12 @@ COPIED_FILES = (
 
 LEAN_BYTES = 128 << 20
 """An exported model larger than this is verified from its mapped file, without copies of its weights."""
+
+
+def default_store() -> Path:
+    """Where the tensors that passes compute are kept: `moec/store` in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "moec" / "store"
 
 
 class Check(Enum):
@@ -73,6 +80,9 @@ class CompileOptions:
     seed: int = 0
     weights_in_place: bool = False
     verify: bool = True
+    store: Path = field(default_factory=default_store)
+    """Folder for the tensors that passes compute; the IR refers to them by their digests."""
+
     text: Path | None = None
     """Text for the checks and for the verification; None takes a passage that moec brings along."""
 

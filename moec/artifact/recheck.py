@@ -12,13 +12,14 @@ from moec.artifact.localisation import Difference, first_difference
 from moec.artifact.manifest import check_files
 from moec.artifact.measurements import VerificationRow
 from moec.artifact.opened import MODEL_FILE, MODULE_FILE, Artifact
-from moec.artifact.options import OptimizeFor, OutputDType
+from moec.artifact.options import OptimizeFor, OutputDType, default_store
 from moec.artifact.summary import layer_of
 from moec.artifact.verification import verification_batch, verify_model
 from moec.errors import MoecError, VerificationError
 from moec.frontend.huggingface import load_huggingface
 from moec.module import Module
 from moec.pipeline.manager import PassManager, Pipeline
+from moec.weights.store import WeightStore
 
 
 def verify_folder(
@@ -26,11 +27,13 @@ def verify_folder(
     *,
     against: Path | None = None,
     text: Path | None = None,
+    store: Path | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> list[VerificationRow]:
     """Checks digests, then the artifact against its IR and the IR against its source, on tokens.
 
     `against` is the source where it is not the folder that the artifact was compiled from; it must hold the same model.
+    `store` has the tensors that passes computed.
     Raises VerificationError that names what differs, by layer and tensor where there is one, and UsageError,
     UnsafeInputError or UnsupportedModelError for inputs that cannot be read.
     """
@@ -39,7 +42,7 @@ def verify_folder(
     damage = _failure(lambda: check_files(folder, artifact.manifest))
     source = artifact.source_folder(against)
     progress("loading the source")
-    original = load_huggingface(source)
+    original = load_huggingface(source, WeightStore(store or default_store()))
     module = artifact.module(original)
     foreign = _foreign_file(artifact, source)
     pipeline = Pipeline.parse(artifact.manifest.build.pipeline)

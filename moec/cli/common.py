@@ -21,6 +21,9 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Makes random choices of
 WeightsInPlaceOption = Annotated[
     bool, typer.Option("--weights-in-place", help="Refer to the source's weights instead of writing them again.")
 ]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="Folder for tensors that passes compute; by default in the user's cache.")
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all cores by default.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

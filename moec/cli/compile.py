@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moec.artifact.options import Check, CompileOptions, OptimizeFor, OutputDType
+from moec.artifact.options import Check, CompileOptions, OptimizeFor, OutputDType, default_store
 from moec.cli.common import (
     CheckOption,
     DTypeOption,
@@ -15,6 +15,7 @@ from moec.cli.common import (
     PipelineOption,
     SeedOption,
     SourceArgument,
+    StoreOption,
     TargetOption,
     WeightsInPlaceOption,
     table,
@@ -31,6 +32,7 @@ def compile_command(
     check: CheckOption = Check.CHANGED,
     seed: SeedOption = 0,
     weights_in_place: WeightsInPlaceOption = False,
+    store: StoreOption = None,
     text: Annotated[Path | None, typer.Option(help="Text for checks and verification.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare the artifact with the source before it is kept.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace the artifact that OUT holds already.")] = False,
@@ -57,6 +59,7 @@ def compile_command(
         weights_in_place=weights_in_place,
         verify=verify,
         text=text,
+        store=store or default_store(),
     )
     observers: list[Instrument] = []
     if print_ir_after_all:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moec.cli.common import ArtifactArgument, JsonOption, table
+from moec.cli.common import ArtifactArgument, JsonOption, StoreOption, table
 
 
 def verify(
@@ -16,6 +16,7 @@ def verify(
         Path | None, typer.Option(metavar="SOURCE", help="The source, if it has moved since compilation.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Text to compare on, instead of a built-in passage.")] = None,
+    store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Checks digests, then artifact against IR against source on real tokens; a router tie is not an error."""
@@ -25,7 +26,7 @@ def verify(
     from moec.cli.progress import progress
 
     with progress() as show:
-        rows = verify_folder(artifact, against=against, text=text, progress=show)
+        rows = verify_folder(artifact, against=against, text=text, store=store, progress=show)
     if as_json:
         typer.echo(json.dumps([row.model_dump() for row in rows], indent=2))
         return

@@ -49,3 +49,9 @@ def artifact(compiled: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "artifact"
     shutil.copytree(compiled, copy)
     return copy
+
+
+@pytest.fixture
+def moec_command(moec: Command) -> Command:
+    """`moec`, for tests that import the package of this name."""
+    return moec

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.conftest import Command
 from tests.frontend.tiny_models import save_tiny_checkpoint
-from tests.passes.plugins import install
+from tests.passes.plugins import install, pass_source
 
 SCALE_ONE_EXPERT = '''
 from moec.dialects.moe import ExpertsOp
@@ -46,7 +46,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = SCALE_ONE_EXPERT.format(name="scale-quietly", class_name="Quietly", claim="EXACT")
     source += SCALE_ONE_EXPERT.format(name="scale-openly", class_name="Openly", claim="LOSSY")
-    points = {"scale-quietly": "Quietly", "scale-openly": "Openly"}
+    source += pass_source("fail", "weights = context.require_weights(); raise LookupError(context.module.source.kind)")
+    points = {"scale-quietly": "Quietly", "scale-openly": "Openly", "fail": "ThePass"}
     install(tmp_path / "plugin", monkeypatch, "scaling-passes", source, points)
 
 
@@ -70,3 +71,16 @@ def test_one_that_says_so_is_measured(checkpoint: Path, tmp_path: Path, moec: Co
     assert entry["claim"] == "lossy" and entry["outcome"] == "measured"
     assert [error["layer"] for error in entry["layer_errors"]]
     assert all(0 < error["relative_error"] < 0.1 for error in entry["layer_errors"])
+
+
+def test_a_failure_leaves_a_reproducer_that_finds_the_weights(checkpoint: Path, tmp_path: Path, moec: Command) -> None:
+    out, crash = tmp_path / "out", tmp_path / "crash.mlir"
+    code, _, errors = moec(
+        "compile", checkpoint, "-o", out, "--pipeline", "fail", "--check", "none", "--reproducer", crash
+    )
+    message = "pass fail of the distribution scaling-passes failed with LookupError: decoder"
+    assert code == 1 and message in errors and not out.exists()
+    code, _, errors = moec("opt", crash, "--run-reproducer", "--source", checkpoint)
+    assert code == 1 and message in errors
+    code, _, errors = moec("opt", crash, "--run-reproducer")
+    assert code == 1 and "the IR was given as text alone" in errors and "--source" in errors
