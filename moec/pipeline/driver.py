@@ -134,8 +134,9 @@ def _run(
     if options.timing:
         observers.append(timing)
     manager = PassManager(pipeline, options.verify_each, observers, options.crash_reproducer)
+    module = _with_root(model, root) if model is not None else None
     weights = model.weights if model is not None else None
-    record = manager.run(root, weights=weights, module=model, seed=options.seed)
+    record = manager.run(root, weights=weights, module=module, seed=options.seed)
     if options.explain:
         report(record.explanation_text() or "nothing was refused")
     if options.statistics:
@@ -145,9 +146,21 @@ def _run(
     return options.show(root)
 
 
+def _with_root(model: Module, root: Operation) -> Module:
+    """The source's weights and facts around the IR that was read."""
+    from moec.dialects.builtin import ModuleOp
+    from moec.module import Module
+
+    if not isinstance(root, ModuleOp):
+        raise UsageError(f"with --source the text must be a builtin.module, not {root.name}")
+    return Module(root, model.weights, model.source)
+
+
 def _load(source: Path | None) -> Module | None:
     if source is None:
         return None
+    from moec.artifact.options import default_store
     from moec.frontend.huggingface import load_huggingface
+    from moec.weights.store import WeightStore
 
-    return load_huggingface(source)
+    return load_huggingface(source, WeightStore(default_store()))
