@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
     from moec.weights.context import WeightContext
 
-_TOKENS = 96
 _SPREADS = (0.1, 1.0, 4.0, 1000.0)
+# Tokens of each kind of logits, and of all kinds: one run computes them together.
+_TOKENS_EACH = 96
+_TOKENS = _TOKENS_EACH * (len(_SPREADS) + 2)
 # (spread, mean) of random biases; where all are negative, experts outside the best groups that are filled with 0 win
 _RANDOM_WEIGHTS = ((0.3, 0.0), (1.0, 0.0), (1.0, -2.0))
 _TOLERANCE = 1e-9
@@ -68,15 +70,15 @@ class RouterCheck:
                 yield values
 
     def _logits(self, experts: int) -> torch.Tensor:
-        """[T, experts]: normal ones of each spread, small integers (ties), all equal, and all far below zero."""
+        """[T, experts]: normal ones of each spread, small integers (ties), some all equal, and all far below zero."""
         import torch
 
         def normal() -> torch.Tensor:
-            return torch.randn(_TOKENS, experts, generator=self._generator, dtype=torch.float64)
+            return torch.randn(_TOKENS_EACH, experts, generator=self._generator, dtype=torch.float64)
 
-        sets = [normal() * spread for spread in _SPREADS]
-        sets += [(normal() * 1.5).round(), torch.zeros(1, experts, dtype=torch.float64), normal() - 12.0]
-        return torch.cat(sets)
+        tied = (normal() * 1.5).round()
+        tied[0] = 0.0
+        return torch.cat([*[normal() * spread for spread in _SPREADS], tied, normal() - 12.0])
 
     def _compare(self, traced: _Slice, reading: RouterReading, values: dict[WeightOp, torch.Tensor]) -> str:
         import torch
