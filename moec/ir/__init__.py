@@ -1,7 +1,7 @@
 """The intermediate representation: operations, types, attributes, verifier, printer and parser.
 
-Reading order: `location`, `dimensions`, `types`, `attributes`, `operation`, `definition`, `printer`, `parser`,
-`verifier`, `equality`. Nothing here knows of torch, ONNX or Triton.
+Reading order: `location`, `dimensions`, `types`, `attributes`, `operation`, `definition`, `printer`, `pretty`, `lexer`,
+`value_parser`, `parser`, `verifier`, `equality`. Nothing here knows of torch, ONNX or Triton.
 """
 
 from moec.ir.attributes import Attribute, DenseConstant, SymbolReference, enum_attribute, struct_attribute
