@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from moec.ir.dimensions import DimExpr
 from moec.ir.types import DType, Type
@@ -88,3 +89,32 @@ def struct_fields(value: object) -> Iterator[tuple[str, Any]]:
         item = getattr(value, field.name)
         if item != field.default or type(item) is not type(field.default):
             yield field.name, item
+
+
+def struct_problem(value: object) -> str | None:
+    """The first field, of a registered dataclass or of one in a tuple, that is not of its declared type, in words."""
+    if isinstance(value, tuple):
+        return next((problem for problem in map(struct_problem, value) if problem), None)
+    kind = type(value)
+    if kind not in MNEMONIC or not is_dataclass(kind):
+        return None
+    for name, declared in _field_types(kind).items():
+        item = getattr(value, name)
+        if not _is_of(item, declared):
+            return f"{name} of #{MNEMONIC[kind]} must be {getattr(declared, '__name__', declared)}, found {item!r}"
+    return None
+
+
+@cache
+def _field_types(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _is_of(value: object, declared: Any) -> bool:
+    if get_origin(declared) is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, get_args(declared)[0]) for item in value)
+    if declared is float:
+        return type(value) in (float, int)
+    if declared is int:
+        return type(value) is int
+    return isinstance(value, declared)

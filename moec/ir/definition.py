@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast, overload
 
-from moec.ir.attributes import is_attribute
+from moec.ir.attributes import is_attribute, struct_problem
 from moec.ir.location import UNKNOWN, Location
 from moec.ir.operation import Operation, OpResult, Region, Value
 from moec.ir.types import Type
@@ -136,6 +136,9 @@ class Attr(Generic[T]):
             raise VerifyError(f"{op.name} needs the attribute {self.name}: {self.kind.__name__}", op)
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is int):
             raise VerifyError(f"{op.name}: {self.name} must be {self.kind.__name__}, found {value!r}", op)
+        problem = struct_problem(value)
+        if problem is not None:
+            raise VerifyError(f"{op.name}: {problem}", op)
 
 
 SEGMENTS = "operandSegmentSizes"
