@@ -119,7 +119,7 @@ def fused_form(context: Context, op: ExpertsOp) -> FusedForm:
 def _two_layers(block: Block, found: BodyProducts) -> tuple[list[Product], Product]:
     """The products of the rows, and the one that gives the result."""
     result = block.terminator.operands[0]
-    second = next((product for product in found.products if product.op.results[0] is result), None)
+    second = next((product for product in found.products if product.result is result), None)
     first = [product for product in found.products if product.rows is block.arguments[0]]
     if second is None or not first or len(first) > 2 or len(found.products) != len(first) + 1:
         raise NotFused("an expert is not two products with an activation between them")
@@ -197,7 +197,7 @@ def _activation(context: Context, block: Block, first: Sequence[Product], second
     values: dict[Value, torch.Tensor] = {}
     start = 0
     for product, rows in zip(first, widths, strict=True):
-        values[product.op.results[0]] = z[:, start : start + rows]
+        values[product.result] = z[:, start : start + rows]
         start += rows
     expected = _run_between(context, block, values, second)
     if expected is None or expected.shape != (_PROBE_ROWS, second.weight.shape[1]):

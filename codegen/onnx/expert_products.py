@@ -30,9 +30,10 @@ class Stacks:
 
 @dataclass(frozen=True)
 class Product:
-    """rows @ weight^T + bias, where weight is [out, in] per expert."""
+    """`result` = rows @ weight^T + bias, where weight is [out, in] per expert; `op` is the operation that has it."""
 
     op: AtenOp
+    result: Value
     rows: Value
     weight: Stacks
     bias: Stacks | None
@@ -65,6 +66,60 @@ def find_products(block: Block, stacks: Sequence[Stacks]) -> BodyProducts:
     return BodyProducts(products, known)
 
 
+def divided(product: Product) -> list[Product]:
+    """The product as one for each of its column slices, where nothing else reads it; else itself.
+
+    Rows of gate and up then come out of their products apart, which saves cutting the result.
+    """
+    width = product.weight.shape[0]
+    parts: list[Product] = []
+    for op in product.result.users:
+        cuts = _cuts(op, width)
+        if cuts is None:
+            return [product]
+        for result, cut in zip(op.results, cuts, strict=True):
+            bias = None if product.bias is None else _columns(product.bias, cut)
+            parts.append(Product(product.op, result, product.rows, _columns(product.weight, cut), bias))
+    return parts or [product]
+
+
+def _cuts(op: Operation, width: int) -> list[range] | None:
+    """Which columns of a matrix of rows each result of a slicing operation holds; None for any other operation."""
+    if not isinstance(op, AtenOp) or op.name not in _SLICES or tensor_of(op.results[0]).rank != 2:
+        return None
+    if normalized_axis(op.argument("dim"), 2) != 1:
+        return None
+    return _ranges(op, 1, width)
+
+
+def _ranges(op: AtenOp, axis: int, size: int) -> list[range]:
+    """The elements along `axis` that each result of a slicing operation takes."""
+    is_slice = op.name == "aten.slice.Tensor"
+    step = op.argument("step") if is_slice else 1
+    start = (op.argument("start") or 0) if is_slice else 0
+    start += size if start < 0 else 0
+    found = []
+    for result in op.results:
+        count = tensor_of(result).shape[axis]
+        if not isinstance(count, int):
+            raise refuse(op, "a slice whose size is known only at run time")
+        stop = min(start + count * step, size)
+        found.append(range(start, stop, step))
+        start = stop
+    return found
+
+
+def _columns(stack: Stacks, cut: range) -> Stacks:
+    """The rows `cut` of each expert's weight [out, ...], which are columns of the product."""
+    shape = (len(cut), *stack.shape[1:])
+    name = f"{stack.name}.{cut.start}_{cut.stop}_{cut.step}"
+    inner = stack.expression
+    if isinstance(inner, Transpose) and {inner.first, inner.second} == {1, 2}:
+        # below the transposition, so that the weight is stored as the checkpoint has it
+        return Stacks(Transpose(Slice(inner.operand, 2, cut.start, cut.stop, cut.step), 1, 2), name, shape)
+    return Stacks(Slice(inner, 1, cut.start, cut.stop, cut.step), name, shape)
+
+
 def _derive(op: Operation, stacks: dict[Value, Stacks]) -> None:
     """A view of a weight stays a weight."""
     source = stacks[op.operands[0]]
@@ -83,16 +138,10 @@ def _derive(op: Operation, stacks: dict[Value, Stacks]) -> None:
 
 def _cut(op: AtenOp, source: Stacks, stacks: dict[Value, Stacks]) -> None:
     axis = normalized_axis(op.argument("dim"), len(source.shape))
-    step = op.argument("step") if op.name == "aten.slice.Tensor" else 1
-    start = (op.argument("start") or 0) if op.name == "aten.slice.Tensor" else 0
-    start += source.shape[axis] if start < 0 else 0
-    for number, result in enumerate(op.results):
-        shape = tensor_of(result).static_shape
-        stop = min(start + shape[axis] * step, source.shape[axis])
-        expression = Slice(source.expression, axis + 1, start, stop, step)
-        name = f"{source.name}.{number}" if len(op.results) > 1 else f"{source.name}.{start}_{stop}_{step}"
-        stacks[result] = Stacks(expression, name, shape)
-        start = stop
+    for result, cut in zip(op.results, _ranges(op, axis, source.shape[axis]), strict=True):
+        expression = Slice(source.expression, axis + 1, cut.start, cut.stop, cut.step)
+        name = f"{source.name}.{cut.start}_{cut.stop}_{cut.step}"
+        stacks[result] = Stacks(expression, name, tensor_of(result).static_shape)
 
 
 def _product(op: Operation, stacks: dict[Value, Stacks]) -> Product | None:
@@ -116,7 +165,7 @@ def _product(op: Operation, stacks: dict[Value, Stacks]) -> Product | None:
     weight = stacks[right]
     if op.name != "aten.linear.default":
         weight = _permuted(weight, (1, 0))
-    return Product(op, left, weight, None if bias is None else stacks[bias])
+    return Product(op, op.results[0], left, weight, None if bias is None else stacks[bias])
 
 
 def _permuted(stack: Stacks, axes: tuple[int, ...]) -> Stacks:

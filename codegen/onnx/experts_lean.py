@@ -1,8 +1,8 @@
 """`moe.experts` in ai.onnx, the lean form: slots sorted by expert, one product per expert and weight, all else once.
 
 `Split` hands every expert its rows; an expert without rows costs one empty product; what has no weights (activations,
-gates) runs once on all rows. Two products per expert and some thirty other nodes make a layer. Measured against other
-forms it is at the machine's limit (`tests/benchmarks/lowerings.py`).
+gates) runs once on all rows. Two or three products per expert and some thirty other nodes make a layer. Measured
+against other forms it is at the machine's limit (`tests/benchmarks/lowerings.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import numpy as np
 import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, refuse, tensor_of
+from moec.codegen.onnx.cost_model import ONE_NODE_EXPERTS
 from moec.codegen.onnx.expert_body import BodyWalk, Rows
 from moec.codegen.onnx.expert_products import Stacks
 from moec.codegen.onnx.graph import GraphBuilder
 from moec.dialects.moe import ExpertsOp, RouteOp, Select
 from moec.ir.operation import Value
+
+# In the portable form a layer is to have no more than 2 E + 40 nodes, so only few experts can have three each.
+PORTABLE_APART_EXPERTS = 9
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,17 @@ def class_outputs(context: Context, op: ExpertsOp, rows: ir.Value, slots: Sorted
 def _class_output(context: Context, op: ExpertsOp, number: int, rows: Rows) -> ir.Value:
     _, stacks, region = list(op.class_operands())[number]
     with context.builder.scope(f"class_{number}" if len(op.classes) > 1 else "experts"):
-        return BodyWalk(context, op, rows).run(region.block, [stacks_of(context, op, value) for value in stacks])
+        walk = BodyWalk(context, op, rows, apart=_apart(context, op))
+        return walk.run(region.block, [stacks_of(context, op, value) for value in stacks])
+
+
+def _apart(context: Context, op: ExpertsOp) -> bool:
+    """Whether gate and up are products of their own."""
+    if context.options.weights_in_place:
+        # half a tensor of the checkpoint may not be what lies in one piece there
+        return False
+    limit = ONE_NODE_EXPERTS if context.options.target.profile.contrib else PORTABLE_APART_EXPERTS
+    return op.expert_count < limit
 
 
 def stacks_of(context: Context, op: ExpertsOp, value: Value) -> Stacks:

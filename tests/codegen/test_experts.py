@@ -225,6 +225,9 @@ def test_fused_activations(name: str, bias: bool, tmp_path: Path) -> None:
     assert report.layers[0].parity is not None and report.layers[0].parity < parity.TOLERANCE
     assert_close(found["y"], reference(module, feeds)["y"])
     _check_fallback(tmp_path, feeds, found["y"])
+    for target in Target:
+        lean, _ = emit_and_run(module, feeds, tmp_path / target.value, target=target, lowering=Lowering.LEAN)
+        assert_close(lean["y"], found["y"])
 
 
 def _check_fallback(folder: Path, feeds: dict[str, torch.Tensor], expected: np.ndarray) -> None:
