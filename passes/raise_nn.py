@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.ir import Operation
-from moec.passes.nn_patterns import ATTENTION_PATTERNS, MLP_PATTERNS, NORM_PATTERNS, ROTARY_PATTERNS
+from moec.passes.nn_patterns import (
+    ACTIVATION_PATTERNS,
+    ATTENTION_PATTERNS,
+    MLP_PATTERNS,
+    NORM_PATTERNS,
+    ROTARY_PATTERNS,
+)
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, register_pass
 
 
@@ -27,7 +33,7 @@ class RaiseNN(Pass):
     def run(self, op: Operation, context: PassContext) -> None:
         before = _counts(op)
         # Feed-forward blocks come last: their bodies then hold norms that are already raised.
-        context.rewrite(op, [*NORM_PATTERNS, *ROTARY_PATTERNS, *ATTENTION_PATTERNS])
+        context.rewrite(op, [*NORM_PATTERNS, *ROTARY_PATTERNS, *ATTENTION_PATTERNS, *ACTIVATION_PATTERNS])
         context.rewrite(op, MLP_PATTERNS)
         after = _counts(op)
         for statistic, kinds in (

@@ -381,6 +381,20 @@ def fused(m, x):
     return m.down(functional.gelu(gate, approximate="tanh") * up)
 
 
+def gelu_tanh(x):
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def gelu_erf(x):
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+# Each is the one operation of the body that is no projection.
+ACTIVATIONS = {
+    "silu": (lambda x: x * torch.sigmoid(x), "aten.silu.default", {}),
+    "gelu": (gelu_erf, "aten.gelu.default", {}),
+    "gelu, tanh": (gelu_tanh, "aten.gelu.default", {"approximate": "tanh"}),
+}
 FEED_FORWARDS = {
     "gated": (lambda m, x: m.down(functional.silu(m.gate(x)) * m.up(x)), False, 3),
     "gated with biases": (lambda m, x: m.down(functional.silu(m.gate(x)) * m.up(x)), True, 6),
@@ -408,7 +422,21 @@ OTHER_BLOCKS = {
 @cache
 def feed_forwards() -> dict[str, Raised]:
     parts = {name: FeedForward(spelling, bias) for name, (spelling, bias, _) in FEED_FORWARDS.items()}
-    return raise_all({**parts, **{name: FeedForward(one) for name, one in OTHER_BLOCKS.items()}}, HIDDEN)
+    parts.update((name, FeedForward(one)) for name, one in OTHER_BLOCKS.items())
+    for name, (activation, _, _) in ACTIVATIONS.items():
+        parts[name] = FeedForward(lambda m, x, activation=activation: m.down(activation(m.up(x))))
+    return raise_all(parts, HIDDEN)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_that_is_written_out(name: str) -> None:
+    raised = feed_forwards()[name]
+    (mlp,) = raised.named("nn.mlp")
+    _, kind, arguments = ACTIVATIONS[name]
+    _, activation, _, _ = mlp.regions[0].block
+    assert activation.name == kind
+    assert arguments.items() <= activation.attributes.items()
+    assert raised.error < 1e-12
 
 
 @pytest.mark.parametrize("name", FEED_FORWARDS)
