@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moec.cache import remember_link
 from moec.errors import MoecError, ResourceError
 from moec.ir.types import DType
 
@@ -110,6 +111,7 @@ def hard_link(source: Path, folder: Path, name: str) -> None:
     """
     try:
         os.link(source.resolve(), folder / name)
+        remember_link(source.resolve())
     except OSError as error:
         raise ResourceError(
             f"cannot use the weights in place: {error.strerror or error}",

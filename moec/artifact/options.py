@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+
+from moec.cache import cache_folder
 
 RAISING_PIPELINE = "canonicalize,cse,dce,expand-complex,raise-nn,raise-moe,canonicalize,cse,dce"
 """Runs before the passes that a user names: they find norms, attention, routers and experts as single operations."""
@@ -33,9 +34,8 @@ LEAN_BYTES = 128 << 20
 
 
 def default_store() -> Path:
-    """Where the tensors that passes compute are kept: `moec/store` in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "moec" / "store"
+    """Where the tensors that passes compute are kept."""
+    return cache_folder() / "store"
 
 
 class Check(Enum):

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 
+from moec.cache import is_own_link
 from moec.errors import UnsafeInputError, UsageError
 from moec.weights.json_file import open_regular_file, read_json_object
 from moec.weights.safetensors_file import (
@@ -159,7 +160,8 @@ def resolve_member(folder: Path, name: str) -> Path:
     """The regular file `name` directly in `folder`, links of the Hugging Face cache followed.
 
     The cache keeps `snapshots/REVISION/NAME` as a link to `blobs/DIGEST` two folders up; no other link may leave the
-    folder. Hard links are refused as well: an unpacked archive can use one to reach any file of the same disk.
+    folder. Hard links are refused as well, unless moec made them for weights in place: an unpacked archive can use
+    one to reach any file of the same disk.
 
     Raises UsageError when there is no such file, UnsafeInputError when it is not a plain file of this folder.
     """
@@ -182,7 +184,7 @@ def resolve_member(folder: Path, name: str) -> Path:
         path, status = target, target.lstat()
     if not stat.S_ISREG(status.st_mode):
         _refuse_path("this is not a regular file", folder / name)
-    if status.st_nlink > 1:
+    if status.st_nlink > 1 and not is_own_link(status):
         _refuse_path("the file is hard-linked to another name", folder / name)
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +161,18 @@ def test_bench_reports_bounds_and_updates_the_report(moec: Command, artifact: Pa
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert sum(row["bound_tokens_per_second"] is not None for row in rows) == 2
     assert "<h2>Speed" in (artifact / "report.html").read_text()
+
+
+def test_weights_in_place_are_not_written_again(moec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(DEMO_MODEL, source)
+    code, _, err = moec("compile", source, "-o", out, "--weights-in-place", "--check", "none")
+    assert code == 0, err
+    linked = out / "onnx" / "weights-00000.safetensors"
+    assert linked.samefile(source / "model.safetensors")
+    assert moec("verify", out)[0] == 0, "the source can still be read"
+    shutil.rmtree(tmp_path / "cache")
+    code, _, err = moec("inspect", source)
+    assert code == 6, "a hard link that moec did not make is refused"
+    assert "hard-linked" in err
