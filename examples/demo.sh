@@ -2,8 +2,8 @@
 # Compiles the Mixture-of-Experts model of this repository to ONNX, checks it, measures it and lets it write.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=build/demo
-mkdir -p build
+out=${1:-build/demo}
+mkdir -p "$(dirname "$out")"
 step() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 
 step moec compile examples/models/tiny-moe -o "$out" --force

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tokens = NDArray[np.int64]
+ARTIFACT = "artifact (ONNX Runtime)"
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,25 @@ class Subject(Protocol):
         """Feeds one more token [1, 1]."""
 
 
-class ArtifactSubject:
-    """The exported model in ONNX Runtime."""
+class OnnxSubject:
+    """An exported decoder in ONNX Runtime. One without a cache is fed the whole sequence again for each token."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self.name = "artifact (ONNX Runtime)"
+    def __init__(self, name: str, path: Path, threads: int) -> None:
+        self.name = name
         self._model = OnnxModel(path, threads=threads)
-        if not self._model.is_decoder or not self._model.has_cache:
-            raise UsageError("only decoders with a cache can be measured", where=str(path))
+        if not self._model.is_decoder:
+            raise UsageError("only decoders can be measured", where=str(path))
         self._cache: dict[str, Any] = {}
-        self._length = 0
+        self._seen = np.zeros((1, 0), np.int64)
 
     def prefill(self, prompt: Tokens) -> None:
-        self._length = prompt.shape[1]
+        self._seen = prompt
         _, self._cache = self._model.step(prompt, np.ones_like(prompt), self._model.empty_cache(1))
 
     def decode(self, token: Tokens) -> None:
-        self._length += 1
-        _, self._cache = self._model.step(token, np.ones((1, self._length), np.int64), self._cache)
+        self._seen = np.concatenate([self._seen, token], axis=1)
+        fed = token if self._model.has_cache else self._seen
+        _, self._cache = self._model.step(fed, np.ones_like(self._seen), self._cache)
 
 
 class TransformersSubject:
@@ -96,15 +98,21 @@ class TransformersSubject:
 
 
 def bench_folder(
-    folder: Path, settings: BenchSettings, *, against: Path | None = None, alone: bool = False
+    folder: Path,
+    settings: BenchSettings,
+    *,
+    against: Path | None = None,
+    beside: Sequence[Path] = (),
+    alone: bool = False,
 ) -> list[SpeedRow]:
-    """Measures the artifact in `folder`, and unless `alone` its source in transformers, in one run.
+    """Measures the artifact in `folder`, unless `alone` its source in transformers, and other exports `beside` it.
 
     The rows also go into the artifact's report. Raises UsageError for an encoder, or if the source is not there.
     """
     artifact = Artifact.open(folder)
     report = read_report(folder)
-    subjects: list[Subject] = [ArtifactSubject(artifact.onnx, settings.threads)]
+    subjects: list[Subject] = [OnnxSubject(ARTIFACT, artifact.onnx, settings.threads)]
+    subjects += [OnnxSubject(f"export {path.parent.name}/{path.name}", path, settings.threads) for path in beside]
     if not alone:
         subjects += _transformers_subjects(
             artifact.source_folder(against), any(layer.classes for layer in report.layers)
@@ -139,7 +147,7 @@ def _rows(
 ) -> list[SpeedRow]:
     rows = []
     for name, (prefill, decode) in seconds.items():
-        ours = name.startswith("artifact")
+        ours = name == ARTIFACT
         rows.append(
             SpeedRow(
                 task=f"prefill, {settings.prefill} tokens, {settings.threads} thread(s)",

@@ -18,6 +18,9 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every subject.")] = 1,
     seed: Annotated[int, typer.Option(help="Decides the tokens.")] = 0,
+    beside: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Another ONNX export of the source to measure too.")
+    ] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Do not measure the source in transformers.")] = False,
     against: Annotated[Path | None, typer.Option(metavar="SOURCE", help="The source, if it has moved.")] = None,
     as_json: JsonOption = False,
@@ -29,7 +32,7 @@ def bench(
     settings = BenchSettings(prefill, decode, rounds, threads, seed)
     with progress() as show:
         show("measuring")
-        rows = bench_folder(artifact, settings, against=against, alone=alone)
+        rows = bench_folder(artifact, settings, against=against, beside=beside or [], alone=alone)
     if as_json:
         typer.echo(json.dumps([row.model_dump() for row in rows], indent=2))
         return

@@ -150,11 +150,13 @@ def test_plan_needs_no_weights(moec: Command, tmp_path: Path) -> None:
 
 
 def test_bench_reports_bounds_and_updates_the_report(moec: Command, artifact: Path) -> None:
-    code, out, _ = moec("bench", artifact, "--prefill", 16, "--decode", 3, "--rounds", 1, "--seed", 3, "--json")
+    short = ("--prefill", 16, "--decode", 3, "--rounds", 1, "--seed", 3, "--json")
+    code, out, _ = moec("bench", artifact, *short, "--beside", artifact / "onnx" / "model.onnx")
     assert code == 0
     rows = json.loads(out)
     assert {row["subject"] for row in rows} == {
         "artifact (ONNX Runtime)",
+        "export onnx/model.onnx",
         "transformers (eager)",
         "transformers (grouped_mm)",
     }
