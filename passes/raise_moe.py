@@ -51,6 +51,8 @@ def _raise_router(experts: ExpertsOp, check: RouterCheck) -> str:
         if isinstance(route, RouteOp) and not problem:
             experts.set_operand(1, route.ids)
             experts.set_operand(2, route.gates)
+            # router outputs of null experts lead nowhere
+            experts.stored = (*experts.stored, *[-1] * (route.experts - len(experts.stored)))
             return ""
         if isinstance(route, RouteOp):
             _take_back(route)

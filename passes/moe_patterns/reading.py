@@ -20,6 +20,7 @@ from moec.passes.matching import (
     is_view,
     made_by,
     number,
+    same,
     scaled_by_number,
     shape,
     tensor,
@@ -48,16 +49,55 @@ def read_router(ids: Value, gates: Value) -> list[RouterReading]:
     if mixer is not None:
         logits, jitter = mixer
         return [RouterReading(logits, Routing(select=Select.SPARSEMIXER, k=2, jitter_eps=jitter))]
+    ids, gates, first_null = _without_nulls(_plain(ids), _plain(gates))
     selection = _read_selection(_plain(ids))
     weighting = _read_weighting(gates, selection)
     readings = []
     for choice in _read_choice(selection):
         reading = _combine(selection, choice, weighting)
+        if reading is not None and first_null is not None:
+            reading = _with_nulls(reading, first_null)
         if reading is not None:
             readings.append(reading)
     if not readings:
         raise UnreadableRouterError("the gates are not a function of the logits that the experts are chosen by")
     return readings
+
+
+# -- null experts --------------------
+
+
+def _without_nulls(ids: Value, gates: Value) -> tuple[Value, Value, int | None]:
+    """(ids, gates, n) before both became 0 where the id is n, or n and more; n is None where they did not."""
+    found, weighed = _zeroed(ids), _zeroed(gates)
+    if found is None or weighed is None or not same(found[1], weighed[1]):
+        return ids, gates, None
+    border = made_by(found[1], "eq.Scalar", "ge.Scalar")
+    if border is None or not same(border.tensor("self"), found[0]):
+        return ids, gates, None
+    first_null = int(border.argument("other"))
+    if border.name == "aten.eq.Scalar" and shape(_read_selection(_plain(found[0])).choice)[-1] != first_null + 1:
+        return ids, gates, None
+    return found[0], weighed[0], first_null
+
+
+def _zeroed(value: Value) -> tuple[Value, Value] | None:
+    """(x, condition) where `value` is x, but 0 where the condition holds."""
+    where = made_by(value, "where.self")
+    if where is not None and number(where.tensor("self")) == 0.0:
+        return where.tensor("other"), where.tensor("condition")
+    fill = made_by(value, "masked_fill.Scalar")
+    if fill is not None and fill.argument("value") == 0:
+        return fill.tensor("self"), fill.tensor("mask")
+    return None
+
+
+def _with_nulls(reading: RouterReading, first_null: int) -> RouterReading | None:
+    """The reading with the experts from `first_null` on as null experts."""
+    experts = shape(reading.logits)[-1]
+    if not isinstance(experts, int) or not 0 < first_null < experts:
+        return None
+    return replace(reading, routing=replace(reading.routing, null_experts=experts - first_null))
 
 
 # -- selection --------------------

@@ -172,6 +172,14 @@ def sparsemixer(m, z):
     return torch.cat(ids, -1), torch.cat(gates, -1)
 
 
+def with_a_null_expert(m, z):
+    """Zaya: the last router output stands for no expert."""
+    scores = torch.cat((z, z[:, :1].cos()), -1).softmax(-1)
+    ids, gates = picked(scores, scores)
+    skipped = ids == EXPERTS
+    return ids.masked_fill(skipped, 0), gates.masked_fill(skipped, 0)
+
+
 SUM = Normalize.SUM
 READINGS: dict[str, tuple[Router, Routing, bool]] = {
     "softmax, top-k": (softmax_first, Routing(k=TOP), False),
@@ -220,6 +228,7 @@ READINGS: dict[str, tuple[Router, Routing, bool]] = {
         True,
     ),
     "the best one": (best_one, Routing(k=1, score=Score.SIGMOID), False),
+    "null expert": (with_a_null_expert, Routing(k=TOP, null_experts=1), False),
     "sparsemixer": (sparsemixer, Routing(select=Select.SPARSEMIXER, k=2, jitter_eps=0.01), False),
 }  # fmt: skip
 
@@ -264,7 +273,10 @@ def test_router(name: str) -> None:
     assert (route.per_expert_scale is not None) == (router is scaled_per_expert)
     left = {name for name in raised.names() if name.startswith("aten.")}
     views = {"aten.view.default", "aten.reshape.default", "aten.permute.default"}
-    assert left <= {*views, "aten.matmul.default", "aten.mul.Scalar"}
+    more_logits = {"aten.cat.default", "aten.cos.default", "aten.slice.Tensor"} if routing.null_experts else set()
+    assert left <= {*views, *more_logits, "aten.matmul.default", "aten.mul.Scalar"}
+    (experts,) = raised.named("moe.experts")
+    assert experts.stored == (*range(EXPERTS), *[-1] * routing.null_experts)
     assert raised.error < 1e-12
 
 

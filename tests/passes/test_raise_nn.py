@@ -313,6 +313,10 @@ ATTENTIONS = {
     "added mask": (lambda q, k, v: softmax(scores(q, k) * 0.3 + (~causal(q)).float() * -1e9) @ v, HEADS),
     "softcap": (lambda q, k, v: softmax(5.0 * torch.tanh(scores(q, k) * 0.3 / 5.0)) @ v, HEADS),
     "repeated": (lambda q, k, v: softmax(scores(q, repeat(k)) * 0.3) @ repeat(v), 2),
+    "repeat_interleave": (
+        lambda q, k, v: softmax(scores(q, k.repeat_interleave(2, dim=1)) * 0.3) @ v.repeat_interleave(2, dim=1),
+        2,
+    ),
 }
 
 
