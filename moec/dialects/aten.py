@@ -21,17 +21,20 @@ from importlib import resources
 from typing import Any
 
 from moec.ir.definition import Attr, Op
+from moec.ir.dimensions import DimExpr
 from moec.ir.location import UNKNOWN, Location
 from moec.ir.operation import Operation, Value
-from moec.ir.types import TensorType, Type
+from moec.ir.types import DType, TensorType, Type
 from moec.ir.verifier import VerifyError
 
 
 @dataclass(frozen=True, slots=True)
 class SchemaArgument:
-    """One argument of an overload. `default` is meaningful only where `has_default`."""
+    """One argument of an overload. `kind` is the schema's type, such as `SymInt[2]` or `float?`; `default` is
+    meaningful only where `has_default`."""
 
     name: str
+    kind: str
     is_tensor: bool
     is_list: bool
     is_optional: bool
@@ -72,6 +75,7 @@ def schema(op_name: str) -> Schema | None:
         name, has_default, default = rest.partition("=")
         arguments[name] = SchemaArgument(
             name,
+            kind,
             kind.startswith("Tensor"),
             "[" in kind,
             kind.endswith("?") or "?" in kind,
@@ -157,9 +161,11 @@ class AtenOp(Op, pure=True, open_attributes=True):
                     f"{self.name}: operand_layout {list(self.operand_layout)} is not in schema order", self
                 )
             position = at
-        for key in self.attributes:
+        for key, value in self.attributes.items():
             if key != "operand_layout" and (key not in found.arguments or key in layout):
                 raise VerifyError(f"{self.name} has no attribute {key!r}", self)
+            if key != "operand_layout" and not _fits(value, found.arguments[key].kind):
+                raise VerifyError(f"{self.name}: {key} must be {found.arguments[key].kind}, found {value!r}", self)
         for argument in found.arguments.values():
             given = argument.name in layout or argument.name in self.attributes
             empty_list = argument.is_tensor and argument.is_list
@@ -170,6 +176,30 @@ class AtenOp(Op, pure=True, open_attributes=True):
         for value in (*self._operands, *self.results):
             if not isinstance(value.type, TensorType):
                 raise VerifyError(f"{self.name} works on tensors, not on {value.type}", self)
+
+
+def _fits(value: object, kind: str) -> bool:
+    """Whether an attribute is of a type of the schema. Layouts, devices and the like are not looked at."""
+    base = kind.rstrip("?")
+    if value is None:
+        return kind.endswith("?")
+    if base.endswith("]"):
+        item = base[: base.rindex("[")]
+        if isinstance(value, tuple):
+            return all(_fits(element, item) for element in value)
+        # `int[2]` may be given as one number for both
+        return not base.endswith("[]") and _fits(value, item)
+    if base in ("int", "SymInt"):
+        return isinstance(value, int | DimExpr) and not isinstance(value, bool)
+    if base == "float":
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if base == "bool":
+        return isinstance(value, bool)
+    if base in ("Scalar", "Tensor"):
+        return isinstance(value, bool | int | float | DimExpr)
+    if base == "ScalarType":
+        return isinstance(value, DType)
+    return base != "str" or isinstance(value, str)
 
 
 # scalars that torch lets a zero-dimensional tensor stand for

@@ -201,6 +201,16 @@ EDITS = {
         '"aten.gelu.default"(%h) <{tanh = true, operand_layout',
         "aten.gelu.default has no attribute 'tanh'",
     ),
+    "argument of aten of another kind": (
+        '"aten.gelu.default"(%h) <{operand_layout',
+        '"aten.gelu.default"(%h) <{approximate = 1, operand_layout',
+        "aten.gelu.default: approximate must be str, found 1",
+    ),
+    "struct field of another kind": (
+        "k = 2, normalize",
+        "k = 2.0, normalize",
+        "moe.route: k of #moe.routing must be int, found 2.0",
+    ),
     "rank_offset above the experts": (
         "topk_groups = 2,",
         "topk_groups = 2, rank_offset = 7,",
