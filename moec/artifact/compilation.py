@@ -38,7 +38,7 @@ from moec.artifact.record import write_record
 from moec.artifact.recorder import LedgerRecorder
 from moec.artifact.report import LoweringFacts, Report, write_report
 from moec.artifact.summary import active_parameters, layer_facts, model_size
-from moec.artifact.verification import bound_for, verification_batch, verify_model
+from moec.artifact.verification import BOUND, verification_batch, verify_model
 from moec.codegen.onnx.emit import OnnxReport
 from moec.codegen.onnx.targets import parse_target
 from moec.dialects.builtin import ModuleOp
@@ -181,7 +181,7 @@ def _manifest(
         verification=VerificationRecord(
             status="passed" if rows else "skipped",
             tokens=max((row.tokens for row in rows), default=0),
-            tolerance=bound_for(options.dtype),
+            tolerance=BOUND,
         ),
         files=describe_files(folder),
     )

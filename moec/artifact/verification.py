@@ -25,13 +25,14 @@ from moec.errors import VerificationError
 from moec.reference.agreement import record_route
 from moec.reference.executor import Executor
 from moec.reference.frame import Observation
+from moec.weights.context import WeightContext
+from moec.weights.expression import Expression
 
 if TYPE_CHECKING:
     from moec.module import Module
-    from moec.weights.context import WeightContext
 
-FLOAT32_BOUND = 1e-4
-FLOAT16_BOUND = 2e-2
+BOUND = 1e-4
+"""The largest difference that two float32 runs of one model may show, relative to the largest output."""
 TIE_MARGIN = 1e-4
 """A choice of experts is a tie if it changes when values move by this share of the largest one: float32 rounding, grown
 by the layers before it."""
@@ -78,20 +79,32 @@ def verify_model(
     if exact:
         rows += compare_with_source(ir, run_reference(original.op, original.weights, batch), batch)
         require_rows(rows)
+    name = "IR"
+    if dtype is OutputDType.FLOAT16:
+        name = "IR with weights in float16"
+        ir = run_reference(module.op, HalfPrecisionWeights(module.weights), batch)
     lean = sum(item.stat().st_size for item in path.parent.iterdir()) > LEAN_BYTES
-    rows += compare_artifact(path, ir, batch, bound_for(dtype), lean=lean)
+    rows += compare_artifact(path, ir, batch, name, lean=lean)
     require_rows(rows)
     return rows
+
+
+class HalfPrecisionWeights(WeightContext):
+    """The weights as an artifact in float16 has them: matrices and stacks of matrices rounded, vectors not."""
+
+    def __init__(self, weights: WeightContext) -> None:
+        super().__init__(weights.checkpoint, weights.store)
+
+    def load(self, expression: Expression | str, index: int | slice | None = None) -> torch.Tensor:
+        """As `WeightContext.load`, through float16 where the artifact stores it so."""
+        value = super().load(expression, index)
+        shape, dtype = self.shape_dtype(expression)
+        return value.half().float() if len(shape) > 1 and dtype is torch.float32 else value
 
 
 def verification_batch(module: Module, *, text: Path | None = None, seed: int = 0) -> TokenBatch:
     """The tokens that `moec compile` and `moec verify` compare models on."""
     return token_batch(module, rows=_ROWS, length=_LENGTH, text=text, seed=seed)
-
-
-def bound_for(dtype: OutputDType) -> float:
-    """The largest difference, relative to the largest output, that an artifact of this type may show."""
-    return FLOAT32_BOUND if dtype is OutputDType.FLOAT32 else FLOAT16_BOUND
 
 
 def run_reference(module: ModuleOp, weights: WeightContext, batch: TokenBatch) -> ReferenceRun:
@@ -149,22 +162,22 @@ def compare_with_source(ir: ReferenceRun, source: ReferenceRun, batch: TokenBatc
     if ir.choices:
         rows.append(_row("router choices, IR against source", 0.0, 0.0, ties, kept))
     difference = relative_difference(ir.output, source.output, clean)
-    rows.append(_row("outputs, IR against source", difference, FLOAT32_BOUND, ties, clean))
+    rows.append(_row("outputs, IR against source", difference, BOUND, ties, clean))
     return rows
 
 
 def compare_artifact(
-    path: Path, ir: ReferenceRun, batch: TokenBatch, bound: float, *, lean: bool = False
+    path: Path, ir: ReferenceRun, batch: TokenBatch, name: str = "IR", *, lean: bool = False
 ) -> list[VerificationRow]:
     """The exported model against the IR: in one pass, and for a decoder token by token through its cache.
 
-    `lean` as in `OnnxModel`.
+    `name` is what the IR is called in the rows; `lean` as in `OnnxModel`.
     """
     model = OnnxModel(path, lean=lean)
     if not model.is_decoder:
-        return [_artifact_row("artifact against IR", model.encode(batch.ids, batch.mask), ir, batch, bound)]
+        return [_artifact_row(f"artifact against {name}", model.encode(batch.ids, batch.mask), ir, batch)]
     whole, _ = model.step(batch.ids, batch.mask, model.empty_cache(len(batch.ids)))
-    rows = [_artifact_row("artifact against IR", whole, ir, batch, bound)]
+    rows = [_artifact_row(f"artifact against {name}", whole, ir, batch)]
     if not model.has_cache:
         return rows
     half = batch.ids.shape[1] // 2
@@ -174,7 +187,7 @@ def compare_artifact(
         logits, cache = model.step(batch.ids[:, position : position + 1], batch.mask[:, : position + 1], cache)
         parts.append(logits)
     through_cache = np.concatenate(parts, axis=1)
-    return [*rows, _artifact_row("artifact through its cache against IR", through_cache, ir, batch, bound)]
+    return [*rows, _artifact_row(f"artifact through its cache against {name}", through_cache, ir, batch)]
 
 
 def require_rows(rows: list[VerificationRow]) -> None:
@@ -198,14 +211,12 @@ def relative_difference(actual: NDArray[np.float32], expected: NDArray[np.float3
     return difference / scale if scale else difference
 
 
-def _artifact_row(
-    name: str, output: NDArray[np.float32], ir: ReferenceRun, batch: TokenBatch, bound: float
-) -> VerificationRow:
+def _artifact_row(name: str, output: NDArray[np.float32], ir: ReferenceRun, batch: TokenBatch) -> VerificationRow:
     kept = batch.mask.astype(bool)
     scale = float(np.abs(ir.output[kept]).max()) or 1.0
     distance = np.abs(output - ir.output).reshape(*kept.shape, -1).max(axis=2)
-    excused = kept & ir.tied_from(kept.shape) & ~(distance <= bound * scale)
-    return _row(name, relative_difference(output, ir.output, kept & ~excused), bound, int(excused.sum()), kept)
+    excused = kept & ir.tied_from(kept.shape) & ~(distance <= BOUND * scale)
+    return _row(name, relative_difference(output, ir.output, kept & ~excused), BOUND, int(excused.sum()), kept)
 
 
 def _row(name: str, difference: float, bound: float, ties: int, kept: NDArray[np.bool_]) -> VerificationRow:

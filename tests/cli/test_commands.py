@@ -178,3 +178,15 @@ def test_weights_in_place_are_not_written_again(moec: Command, tmp_path: Path, m
     code, _, err = moec("inspect", source)
     assert code == 6, "a hard link that moec did not make is refused"
     assert "hard-linked" in err
+
+
+def test_float16_halves_the_file_and_is_held_to_the_same_bound(moec: Command, compiled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text, err = moec("compile", DEMO_MODEL, "-o", out, "--dtype", "float16", "--check", "none")
+    assert code == 0, err
+    assert "artifact against IR with weights in float16" in text
+    rows = Artifact.open(out).measurements.verification
+    assert all(row.relative_difference <= row.bound <= 1e-4 for row in rows)
+    sizes = [(folder / "onnx" / "model.onnx.data").stat().st_size for folder in (out, compiled)]
+    assert sizes[0] / sizes[1] == pytest.approx(0.5, abs=0.01)
+    assert read_manifest(out).ledger[0].outcome.value in ("not checked", "unchanged")
