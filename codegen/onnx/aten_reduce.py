@@ -32,6 +32,18 @@ def _reduce(context: Context, op: AtenOp) -> ir.Value:
     return context.builder.op(kind, operand(context, op, "self", dtype), context.builder.ints(*axes), keepdims=keep)
 
 
+@emits("linalg_vector_norm.default")
+def _vector_norm(context: Context, op: AtenOp) -> ir.Value:
+    kind = {1: "ReduceL1", 2: "ReduceL2"}.get(op.argument("ord"))
+    if kind is None:
+        raise refuse(op, f"order {op.argument('ord')}")
+    axes = (
+        axes_of(op, "dim", self_type(op).rank) if op.argument("dim") is not None else tuple(range(self_type(op).rank))
+    )
+    value = operand(context, op, "self", result_type(op).dtype)
+    return context.builder.op(kind, value, context.builder.ints(*axes), keepdims=int(op.argument("keepdim")))
+
+
 @emits("any.dim", "any.default", "all.dim", "all.default", "any.dims", "all.dims")
 def _truth(context: Context, op: AtenOp) -> ir.Value:
     b = context.builder
