@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from moec.weights.expression import Cast, Expression, Transpose
 from moec.weights.expression_parser import parse_expression
 
 if TYPE_CHECKING:
+    from moec.codegen.onnx.expert_plan import ExpertsPlan
     from moec.codegen.onnx.fallback_function import FallbackForm
     from moec.codegen.onnx.lower_moe import LayerLowering
 
@@ -82,6 +83,10 @@ class Context:
     lowerings: list[LayerLowering] = field(default_factory=list)
     fallbacks: list[FallbackForm] = field(default_factory=list)
     functions: dict[str, ir.Function] = field(default_factory=dict)
+    # decided before emission: each layer of experts, additions that a fused node computes too, and what is part of one
+    plans: dict[Operation, ExpertsPlan] = field(default_factory=dict)
+    taken_over: dict[Operation, Callable[[Context, Operation], tuple[ir.Value, ...]]] = field(default_factory=dict)
+    skipped: set[Operation] = field(default_factory=set)
 
     def nested(self, sizes: dict[str, ir.Value]) -> Context:
         """A context for a region: its own values, more sizes, the same graph and weights."""

@@ -14,6 +14,7 @@ from moec.codegen.onnx import aten_matrix, aten_pointwise, aten_reduce, aten_sha
 from moec.codegen.onnx.context import Context, EmitOptions, tensor_of
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.deploy_files import write_genai_config
+from moec.codegen.onnx.expert_plan import plan_layers
 from moec.codegen.onnx.external_data import Placement, StoredTensor, hard_link, lay_out, write_tensors
 from moec.codegen.onnx.fallback_function import fallback_function
 from moec.codegen.onnx.graph import ONNX_DTYPES, GraphBuilder
@@ -120,6 +121,7 @@ def emit_function(context: Context, function: FuncOp) -> None:
         for axis, size in enumerate(tensor_of(argument).shape):
             if isinstance(size, DimExpr) and str(size) in size.symbols() and str(size) not in context.sizes:
                 context.sizes[str(size)] = builder.size(context.values[argument], axis)
+    plan_layers(context, function)
     results = emit_block(context, function.body)
     for value, result, name in zip(function.return_op.operands, results, function.result_names, strict=True):
         kind = tensor_of(value)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moec.codegen.onnx.context import Context, constant_array, tensor_of
-from moec.codegen.onnx.expert_products import BodyProducts, Product, find_products
+from moec.codegen.onnx.expert_products import BodyProducts, Product, Stacks, find_products
 from moec.codegen.onnx.experts_lean import stacks_of
 from moec.dialects.builtin import ConstantOp
 from moec.dialects.moe import ExpertsOp
@@ -87,9 +87,16 @@ def fused_form(context: Context, op: ExpertsOp) -> FusedForm:
     if len(op.classes) != 1:
         raise NotFused(f"the layer has {len(op.classes)} classes of experts, the operator takes one")
     _, values, region = next(op.class_operands())
-    block = region.block
     try:
         stacks = [stacks_of(context, op, value) for value in values]
+    except MoecError as error:
+        raise NotFused(error.message) from error
+    return form_of_body(context, region.block, stacks, op.expert_count)
+
+
+def form_of_body(context: Context, block: Block, stacks: Sequence[Stacks], experts: int) -> FusedForm:
+    """Experts with the body `block` and the weights `stacks`; raises NotFused with the reason."""
+    try:
         found = find_products(block, stacks)
     except MoecError as error:
         raise NotFused(error.message) from error
@@ -98,7 +105,7 @@ def fused_form(context: Context, op: ExpertsOp) -> FusedForm:
     width = second.weight.shape[1]
     first_weight, first_bias = _joined(first)
     if activation.layout is not None:
-        shape = (op.expert_count, 2 * width, first[0].weight.shape[1])
+        shape = (experts, 2 * width, first[0].weight.shape[1])
         first_weight = _interleaved(first_weight, activation.layout, shape)
         if first_bias is not None:
             first_bias = _interleaved(first_bias, activation.layout, shape[:2])

@@ -16,6 +16,7 @@ from moec.codegen.onnx.expert_form import Activation, FusedForm, NotFused
 from moec.codegen.onnx.experts_lean import expert_positions, static_size
 from moec.codegen.onnx.fallback_function import OPERATOR, FallbackForm
 from moec.codegen.onnx.graph import MICROSOFT
+from moec.codegen.onnx.shared_experts import SharedExpert
 from moec.dialects.moe import ExpertsOp, RouteOp, Score, WeightFrom
 from moec.weights.expression import Expression
 
@@ -44,10 +45,14 @@ def check_gates(context: Context, op: ExpertsOp) -> None:
             raise NotFused("the scale of an expert may be negative")
 
 
-def emit_fused(context: Context, op: ExpertsOp, form: FusedForm) -> ir.Value:
-    """The sum over slots of gate times expert, [T, H]."""
+def emit_fused(
+    context: Context, op: ExpertsOp, form: FusedForm, shared: SharedExpert | None, shared_parts: int
+) -> ir.Value:
+    """The sum over slots of gate times expert, [T, H], with the shared expert's output if there is one."""
     b = context.builder
     gates = dense_gates(context, op)
+    if shared is not None:
+        gates = b.op("Concat", gates, _shared_gates(context, gates, shared, shared_parts), axis=1)
     present = b.op("Greater", gates, b.number(0.0))
     logits = b.op("Where", present, b.op("Log", gates), b.number(ABSENT))
     y = b.op(
@@ -59,9 +64,16 @@ def emit_fused(context: Context, op: ExpertsOp, form: FusedForm) -> ir.Value:
         _stack(context, op, form.second, "down"),
         _stack(context, op, form.second_bias, "down_bias"),
         domain=MICROSOFT,
-        **operator_attributes(form, slots_used(op)),
+        **operator_attributes(form, slots_used(op) + shared_parts),
     )
     return b.op("Mul", y, b.op("ReduceSum", gates, b.ints(-1), keepdims=1))
+
+
+def _shared_gates(context: Context, gates: ir.Value, shared: SharedExpert, parts: int) -> ir.Value:
+    """The routing weight of each part of the shared expert, [T, parts]."""
+    b = context.builder
+    weight = b.number(1.0) if shared.gate is None else b.reshape(context.value(shared.gate), (-1, 1))
+    return b.op("Expand", weight, b.op("Concat", b.size(gates, 0), b.ints(parts), axis=0))
 
 
 def operator_attributes(form: FusedForm, top_k: int) -> dict[str, int | float | str]:

@@ -48,7 +48,7 @@ def emit_operation(context: Context, op: Operation) -> tuple[ir.Value, ...]:
     """The ONNX values of the results; raises UnsupportedModelError for an operation without emission."""
     emission: Callable[..., Any] | None = OP_EMISSIONS.get(type(op))
     if isinstance(op, AtenOp):
-        emission = EMISSIONS.get(op.name)
+        emission = context.taken_over.get(op) or EMISSIONS.get(op.name)
     if emission is None:
         raise refuse(op, "no emission is known for it")
     try:
@@ -63,8 +63,8 @@ def emit_block(context: Context, block: Block) -> tuple[ir.Value, ...]:
     for op in block:
         if op is block.last:
             break
-        # these are emitted where they are first read
-        if isinstance(op, WeightOp | ConstantOp):
+        # weights and constants are emitted where they are first read
+        if isinstance(op, WeightOp | ConstantOp) or op in context.skipped:
             continue
         with context.builder.scope_of(op.location.name):
             values = emit_operation(context, op)

@@ -1,0 +1,108 @@
+"""Decides, before anything is emitted, how each layer of experts is lowered."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moec.codegen.onnx.context import Context, tensor_of
+from moec.codegen.onnx.cost_model import Choice, ExpertsShape, Lowering, choose, predict
+from moec.codegen.onnx.expert_form import FusedForm, NotFused, fused_form
+from moec.codegen.onnx.experts_fused import check_gates, fallback_form, operator_attributes, slots_used
+from moec.codegen.onnx.experts_lean import static_size
+from moec.codegen.onnx.lower_moe import emit_with_shared
+from moec.codegen.onnx.parity import NodeSignature, check_parity
+from moec.codegen.onnx.shared_experts import SharedExpert, find_shared, with_shared
+from moec.dialects.builtin import FuncOp
+from moec.dialects.moe import ExpertsOp
+
+# A shared expert goes into the operator only for few tokens: with many, a product on packed weights is faster.
+_SHARED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """How one `moe.experts` becomes ONNX.
+
+    `form` is set for the fused operator; then `shared` is the shared expert that goes into it, if any, as
+    `shared_parts` further experts. `parity` is the difference that the gate saw, None where there was no gate.
+    """
+
+    op: ExpertsOp
+    choice: Choice
+    form: FusedForm | None
+    parity: float | None
+    shared: SharedExpert | None = None
+    shared_parts: int = 0
+
+
+def plan_layers(context: Context, function: FuncOp) -> None:
+    """Fills the plans of `context`: of each layer, and of each addition that a fused node takes over."""
+    for op in function.body:
+        if isinstance(op, ExpertsOp):
+            plan = _plan(context, op)
+            context.plans[op] = plan
+            if plan.shared is not None:
+                context.plans[plan.shared.total] = plan
+                context.taken_over[plan.shared.total] = emit_with_shared
+                context.skipped.update(plan.shared.inside)
+
+
+def experts_shape(op: ExpertsOp) -> ExpertsShape:
+    """The sizes that the cost model reads."""
+    elements = sum(math.prod(tensor_of(stack).static_shape) for stack in op.weights)
+    slots = static_size(op, tensor_of(op.ids).shape[1])
+    return ExpertsShape(op.expert_count, slots, elements / max(1, op.expert_count))
+
+
+def _plan(context: Context, op: ExpertsOp) -> ExpertsPlan:
+    form, refusal, parity = _fused_or_refusal(context, op)
+    choice = _choice(context, op, refusal)
+    if choice.lowering is not Lowering.FUSED or form is None:
+        return ExpertsPlan(op, choice, None, None)
+    context.fallbacks.append(fallback_form(form))
+    shared = find_shared(op) if context.options.tokens <= _SHARED_TOKENS else None
+    if shared is None:
+        return ExpertsPlan(op, choice, form, parity)
+    try:
+        joined, parts = with_shared(context, form, shared)
+    except NotFused:
+        return ExpertsPlan(op, choice, form, parity)
+    found = _parity(context, op, joined, parts)
+    if found[1] is not None:
+        return ExpertsPlan(op, choice, form, parity)
+    return ExpertsPlan(op, choice, joined, found[0], shared, parts)
+
+
+def _choice(context: Context, op: ExpertsOp, refusal: str | None) -> Choice:
+    options = context.options
+    shape = experts_shape(op)
+    forced = options.lowering
+    if forced is not None and not (forced is Lowering.FUSED and refusal is not None):
+        return Choice(forced, "asked for", {forced: predict(shape, options.tokens)[forced]})
+    return choose(shape, options.tokens, options.target, refusal)
+
+
+def _fused_or_refusal(context: Context, op: ExpertsOp) -> tuple[FusedForm | None, str | None, float | None]:
+    """The layer for the fused operator, or why not, and the difference that the parity gate saw."""
+    options = context.options
+    if not options.target.profile.contrib:
+        return None, "the target has no com.microsoft operators", None
+    if options.weights_in_place:
+        return None, "it needs its weights in another layout than the checkpoint's", None
+    try:
+        form = fused_form(context, op)
+        check_gates(context, op)
+    except NotFused as reason:
+        return None, str(reason), None
+    if context.fallbacks and fallback_form(form) not in context.fallbacks:
+        return None, "the file's fallback function has another activation", None
+    difference, problem = _parity(context, op, form, 0)
+    return form, problem, difference
+
+
+def _parity(context: Context, op: ExpertsOp, form: FusedForm, shared: int) -> tuple[float, str | None]:
+    attributes = tuple(operator_attributes(form, slots_used(op) + shared).items())
+    signature = NodeSignature(fallback_form(form), op.expert_count + shared, attributes)
+    result = check_parity(signature, context.options.target.profile)
+    return result.difference, result.problem
