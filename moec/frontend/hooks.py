@@ -204,8 +204,10 @@ def _attention_hook(
             mask = torch.ops.moec.attention_mask(ones, query.shape[2], bool(causal), window, 0)
     if position_bias is not None:
         mask = position_bias if mask is None else _add_bias(position_bias, mask)
+    # Some eager attention functions take the sinks from the module.
+    sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    return torch.ops.moec.attention(query, key, value, mask, s_aux, scale, float(softcap or 0.0)), None
+    return torch.ops.moec.attention(query, key, value, mask, sinks, scale, float(softcap or 0.0)), None
 
 
 def _add_bias(bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ def probe_mask_function(mask_function: MaskFunction) -> AttentionMaskPattern:
     Tensors inside the closure are replaced by left padding counts, the only per-batch data that such a function may
     depend on here. Raises UnsupportedModelError for every function that is not one of the patterns.
     """
-    with _disable_current_modes(), torch.no_grad():
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
         left_padding = torch.tensor(_PROBED_PADDING)
         function = _with_tensors(mask_function, left_padding)
         try:

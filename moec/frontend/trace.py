@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 
 from moec.errors import MoecError, UnsupportedModelError
+from moec.frontend.data_branches import attributes_kept, trace_both_sides
 from moec.frontend.decompositions import decompose
 from moec.frontend.empty_model import EmptyModel
 from moec.frontend.hooks import dispatching_to_hooks
@@ -89,12 +91,21 @@ def trace_model(source: ModelSource, empty: EmptyModel) -> TracedModel:
         example = {name: torch.zeros(shape, dtype=torch.int64, device="cpu") for name in names}
     dynamic = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in names}
     where = f"{source.model_class.__name__} ({source.model_type})"
-    with torch.no_grad(), exporting(where), dispatching_to_hooks(), symbolic_builtins(model):
-        program = export(wrapper.eval(), (), example, dynamic_shapes=dynamic, strict=False)
+
+    def trace() -> ExportedProgram:
+        with attributes_kept(model):
+            program = export(wrapper.eval(), (), example, dynamic_shapes=dynamic, strict=False)
         axes = {name: {0: BATCH, 1: SEQUENCE} for name in names}
         refuse_fixed_sizes(program, axes, where, _longest(source))
         program = decompose(program)
         refuse_fixed_sizes(program, axes, where, _longest(source))
+        return program
+
+    with torch.no_grad(), exporting(where), dispatching_to_hooks(), symbolic_builtins(model):
+        try:
+            program = trace()
+        except GuardOnDataDependentSymNode:
+            program = trace_both_sides(trace, where)
     output = "logits" if source.is_decoder else "last_hidden_state"
     return TracedModel(source, model, program, tuple(names), output)
 

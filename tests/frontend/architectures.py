@@ -6,16 +6,24 @@ The common field names below cover almost all of them; `SPECIAL` holds what a mo
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from tests.frontend.tiny_models import randomise
+from moec.errors import UnsupportedModelError
+from moec.frontend.huggingface import load_huggingface
+from moec.ir import verify
+from moec.reference.executor import Executor
+from tests.frontend.tiny_models import random_tokens, randomise
+
+LAYERS = 3
+BOUND = 1e-4
 
 MODEL_TYPES = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3",
@@ -28,7 +36,7 @@ MODEL_TYPES = (
 )  # fmt: skip
 
 _NUMBERS: dict[tuple[str, ...], int] = {
-    ("num_hidden_layers", "n_layers", "num_layers"): 3,
+    ("num_hidden_layers", "n_layers", "num_layers"): LAYERS,
     ("vocab_size",): 96,
     ("hidden_size", "d_model", "hidden_dim"): 64,
     ("intermediate_size", "ffn_hidden_size", "intermediate_size_mlp"): 96,
@@ -95,12 +103,11 @@ def small_config(model_type: str) -> PretrainedConfig:
         for name in names:
             if name in defaults and not isinstance(defaults[name], dict | list):
                 settings[name] = number
-    layers = 3
     for name in _LAYER_LISTS:
         kinds = defaults.get(name)
         if isinstance(kinds, list) and kinds and isinstance(kinds[0], str):
             different = list(dict.fromkeys(kinds))
-            settings[name] = (different * layers)[:layers]
+            settings[name] = (different * LAYERS)[:LAYERS]
     if "kv_lora_rank" in defaults and "qk_rope_head_dim" in defaults:
         settings.update((name, value) for name, value in _LATENT_ATTENTION.items() if name in defaults)
     settings.update(SPECIAL.get(model_type, {}))
@@ -116,25 +123,59 @@ def small_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def main(model_types: list[str]) -> None:
-    """Prints one JSON line for each architecture."""
-    from moec.errors import MoecError
-    from moec.frontend.huggingface import load_huggingface
-    from moec.ir import verify
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one architecture: the largest error in shares of the largest logit, or why it was refused."""
 
+    model_type: str
+    class_name: str
+    error: float = 0.0
+    operations: int = 0
+    expert_layers: int = 0
+    refusal: str = ""
+
+    def row(self) -> str:
+        """The line of the table in docs/architectures.md."""
+        if self.refusal:
+            return f"| {self.model_type} | {self.class_name} | refused | {self.refusal} |"
+        experts = f"{self.expert_layers} of {LAYERS} layers `moe.experts`" if self.expert_layers else "no `moe.experts`"
+        return f"| {self.model_type} | {self.class_name} | ok | {self.operations} operations, {experts} |"
+
+
+def load_and_compare(model_type: str, folder: Path) -> Outcome:
+    """Saves a small model, loads it as moec does, and compares logits of a left-padded batch with transformers' own."""
+    model = small_model(model_type)
+    with suppress(ValueError):
+        model.set_attn_implementation("eager")
+    with suppress(ValueError):
+        model.set_experts_implementation("eager")
+    name = type(model).__name__
+    model.save_pretrained(str(folder))
+    try:
+        module = load_huggingface(folder)
+    except UnsupportedModelError as error:
+        return Outcome(model_type, name, refusal=error.message)
+    verify(module.op)
+    mask = torch.ones(3, 21, dtype=torch.int64)
+    mask[0, :6] = 0
+    ids = torch.where(mask == 1, random_tokens(3, 21), 0)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    given = {key: value for key, value in given.items() if key in module.main.arg_names}
+    with torch.no_grad():
+        expected = model(**given).logits[mask.bool()]
+        (found,) = Executor(module.op, module.weights).run(given).values()
+    counts = module.operation_counts()
+    share = float((found[mask.bool()] - expected).abs().max() / expected.abs().max())
+    return Outcome(model_type, name, share, sum(counts.values()), counts.get("moe.experts", 0))
+
+
+def main(model_types: list[str]) -> None:
+    """Prints one row of the table for each architecture."""
     for model_type in model_types or MODEL_TYPES:
-        result: dict[str, Any] = {"model_type": model_type}
-        try:
-            model = small_model(model_type)
-            with tempfile.TemporaryDirectory() as folder:
-                model.save_pretrained(folder)
-                module = load_huggingface(Path(folder))
-            verify(module.op)
-            result["operations"] = sum(module.operation_counts().values())
-            result["experts"] = module.operation_counts().get("moe.experts", 0)
-        except MoecError as error:
-            result["refused"] = str(error)
-        print(json.dumps(result), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = load_and_compare(model_type, Path(folder))
+        print(outcome.row() + ("" if outcome.error <= BOUND else f" WRONG BY {outcome.error}"), flush=True)
 
 
 if __name__ == "__main__":
