@@ -9,4 +9,4 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from tests.filecheck_plugin import pytest_collect_file  # noqa: E402, F401
+from tests.filecheck_plugin import pytest_collect_file  # noqa: F401
