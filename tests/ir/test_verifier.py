@@ -257,7 +257,7 @@ def find(name: str) -> tuple[Operation, Operation]:
     return module, next(op for op in module.walk() if op.name == name)
 
 
-@pytest.mark.parametrize("name", TYPED)
+@pytest.mark.parametrize("name", [name for name in TYPED if name != "func.func"])
 def test_an_operand_less_or_more(name: str) -> None:
     module, op = find(name)
     if op.operand_count:
@@ -266,13 +266,8 @@ def test_an_operand_less_or_more(name: str) -> None:
             verify(module)
     module, op = find(name)
     extra = WeightOp(result_types=[TensorType((3,), DType.F32)], weight_name="extra", source="extra")
-    main = module.regions[0].block.first
-    assert main is not None
-    first = main.regions[0].block.first
-    assert first is not None
-    if op is main:
-        pytest.skip("a function takes no operands that dominate it")
-    extra.insert_before(first)
+    assert op.parent is not None and op.parent.first is not None
+    extra.insert_before(op.parent.first)
     op.set_operands([*op.operands, extra.value])
     with pytest.raises(VerifyError):
         verify(module)
