@@ -75,6 +75,8 @@ _ALONG_AN_AXIS = frozenset(
         "unfold.default",
     )
 )  # fmt: skip
+# Arguments that are values of the arithmetic, unlike sizes.
+_NUMBERS = ("other", "value", "fill_value", "s", "min", "max", "exponent", "alpha", "self")
 _VIEWS = frozenset({"aten.view.default", "aten.reshape.default", "aten._unsafe_view.default"})
 _REARRANGING = frozenset(
     f"aten.{name}"
@@ -107,6 +109,10 @@ class _Judge:
         }
 
     def __call__(self, op: Operation) -> str:
+        for name in _NUMBERS:
+            given = op.attributes.get(name)
+            if isinstance(given, DimExpr) and self._symbol in given.symbols():
+                return "it computes with the number of tokens"
         if not any(self._axes(value) for value in (*op.operands, *op.results)):
             return ""
         for result in op.results:

@@ -43,3 +43,22 @@
     "func.return"(%y) : (!moec.tensor<[batch, seq, 1, 4], f32>) -> ()
   }) : () -> ()
 }) : () -> ()
+
+// -----
+
+// So would a scale that grows with the length of the input.
+// EXPLAIN: add-kv-cache refused aten.mul.Scalar: it computes with the number of tokens
+// CHECK: arg_names = ["input_ids"]
+"builtin.module"() ({
+  "func.func"() <{arg_names = ["input_ids"], function_type = (!moec.tensor<[batch, seq], i64>) -> !moec.tensor<[batch, seq, 1, 4], f32>, result_names = ["logits"], sym_name = "main"}> ({
+  ^bb0(%ids: !moec.tensor<[batch, seq], i64>):
+    %w = "moec.weight"() <{source = "w", weight_name = "w"}> : () -> tensor<9x4xf32>
+    %words = "aten.embedding.default"(%w, %ids) <{operand_layout = ["weight", "indices"]}> : (tensor<9x4xf32>, !moec.tensor<[batch, seq], i64>) -> !moec.tensor<[batch, seq, 4], f32>
+    %x = "aten.mul.Scalar"(%words) <{operand_layout = ["self"], other = #moec.dim<seq>}> : (!moec.tensor<[batch, seq, 4], f32>) -> !moec.tensor<[batch, seq, 4], f32>
+    %heads = "aten.unsqueeze.default"(%x) <{dim = 1, operand_layout = ["self"]}> : (!moec.tensor<[batch, seq, 4], f32>) -> !moec.tensor<[batch, 1, seq, 4], f32>
+    %padding = "aten.ones.default"() <{dtype = i64, size = [#moec.dim<batch>, #moec.dim<seq>]}> : () -> !moec.tensor<[batch, seq], i64>
+    %mask = "nn.attention_mask"(%padding) <{causal = true}> : (!moec.tensor<[batch, seq], i64>) -> !moec.tensor<[batch, 1, seq, seq], i1>
+    %y = "nn.attention"(%heads, %heads, %heads, %mask) <{operandSegmentSizes = [1, 1, 1, 1, 0, 0, 0], scale = 0.5}> : (!moec.tensor<[batch, 1, seq, 4], f32>, !moec.tensor<[batch, 1, seq, 4], f32>, !moec.tensor<[batch, 1, seq, 4], f32>, !moec.tensor<[batch, 1, seq, seq], i1>) -> !moec.tensor<[batch, seq, 1, 4], f32>
+    "func.return"(%y) : (!moec.tensor<[batch, seq, 1, 4], f32>) -> ()
+  }) : () -> ()
+}) : () -> ()
