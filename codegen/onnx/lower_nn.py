@@ -7,12 +7,21 @@ import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, tensor_of
 from moec.codegen.onnx.registry import emit_block, emits_op
+from moec.dialects.aten import AtenOp
 from moec.dialects.nn import AttentionMaskOp, AttentionOp, LayerNormOp, MLPOp, RMSNormOp, RotaryOp
 from moec.ir.dimensions import DimExpr
+from moec.ir.operation import Value
 from moec.ir.types import DType
 
 # What masked logits get: finite, so that a row without any key gives numbers; its probability is zero all the same.
 MASKED = float(np.finfo(np.float32).min)
+_ELEMENTWISE = (
+    "aten.cos.default",
+    "aten.sin.default",
+    "aten.mul.Scalar",
+    "aten._to_copy.default",
+    "aten.clone.default",
+)
 
 
 @emits_op(RMSNormOp)
@@ -45,9 +54,15 @@ def emit_layer_norm(context: Context, op: LayerNormOp) -> ir.Value:
 
 @emits_op(RotaryOp)
 def emit_rotary(context: Context, op: RotaryOp) -> ir.Value:
-    """`nn.rotary`, in plain arithmetic: the two halves of cos and sin need not be equal."""
+    """`nn.rotary`; RotaryEmbedding, which takes half of cos and sin, where the halves are known to be equal."""
     b, x = context.builder, context.value(op.x)
     width, rotated = _static(tensor_of(op.x).shape[3]), _static(tensor_of(op.cos).shape[2])
+    whole_batch = tensor_of(op.cos).shape[0] == tensor_of(op.x).shape[0]
+    if b.opset >= 23 and not op.interleaved and whole_batch and _halves_equal(op.cos) and _halves_equal(op.sin):
+        end, last = b.ints(rotated // 2), b.ints(2)
+        halves = [b.op("Slice", context.value(value), b.ints(0), end, last) for value in (op.cos, op.sin)]
+        partial = rotated if rotated < width else None
+        return b.op("RotaryEmbedding", x, *halves, rotary_embedding_dim=partial)
     cos, sin = (b.op("Unsqueeze", context.value(value), b.ints(1)) for value in (op.cos, op.sin))
     rest = None
     if rotated < width:
@@ -63,6 +78,17 @@ def emit_rotary(context: Context, op: RotaryOp) -> ir.Value:
         turned = b.op("Concat", b.op("Neg", second), first, axis=-1)
     y = b.op("Add", b.op("Mul", x, cos), b.op("Mul", turned, sin))
     return y if rest is None else b.op("Concat", y, rest, axis=-1)
+
+
+def _halves_equal(value: Value) -> bool:
+    """Whether the last axis holds the same numbers twice: element-wise functions of a tensor joined with itself."""
+    op = value.defining_op
+    while isinstance(op, AtenOp) and op.name in _ELEMENTWISE and op.operand_count == 1:
+        op = op.operands[0].defining_op
+    if not isinstance(op, AtenOp) or op.name != "aten.cat.default" or op.operand_count != 2:
+        return False
+    last = tensor_of(op.results[0]).rank - 1
+    return op.operands[0] is op.operands[1] and op.argument("dim") in (-1, last)
 
 
 @emits_op(AttentionMaskOp)

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
+from moec.codegen.onnx.emit import MODEL_FILE
 from moec.codegen.onnx.targets import Target
+from moec.dialects import aten
+from moec.dialects.builtin import FuncOp, ModuleOp
 from moec.dialects.nn import AttentionMaskOp, AttentionOp, LayerNormOp, RMSNormOp, RotaryOp
 from moec.ir import DType, Operation, TensorType, Value, symbol
 from tests.codegen.running import assert_close, emit_and_run, module_of, one_operation, reference
@@ -61,6 +65,32 @@ def test_norms_without_weight(target: Target, tmp_path: Path) -> None:
 def test_rotary(rows: Any, rotated: int, interleaved: bool, target: Target, tmp_path: Path) -> None:
     types = {"x": f32(BATCH, 4, SEQ, 8), "cos": f32(rows, SEQ, rotated), "sin": f32(rows, SEQ, rotated)}
     check(types, lambda x, c, s: RotaryOp(x, c, s, interleaved=interleaved), target, tmp_path)
+
+
+@pytest.mark.parametrize("rotated", [8, 4])
+@pytest.mark.parametrize("same", [True, False])
+def test_rotary_operator(same: bool, rotated: int, tmp_path: Path) -> None:
+    """The operator takes half of cos and sin: it is used when the other half is known to be equal, and only then."""
+    function = FuncOp.build("main", [f32(BATCH, 4, SEQ, 8), f32(BATCH, SEQ, rotated // 2)], arg_names=["x", "angles"])
+    x, angles = function.arguments
+    other = angles if same else _add(function, "neg.default", {"self": angles}, rotated // 2)
+    both = _add(function, "cat.default", {"tensors": (angles, other)}, rotated, dim=-1)
+    cos, sin = (_add(function, f"{name}.default", {"self": both}, rotated) for name in ("cos", "sin"))
+    rotary = RotaryOp(x, _add(function, "mul.Scalar", {"self": cos}, rotated, other=1.5), sin)
+    function.body.append(rotary)
+    function.finish([rotary.y], ["y"])
+    module = module_of(ModuleOp.build([function]))
+    feeds = {"x": torch.randn(2, 4, 3, 8), "angles": torch.randn(2, 3, rotated // 2)}
+    found, _ = emit_and_run(module, feeds, tmp_path, target=Target.ORT_CPU)
+    assert_close(found["y"], reference(module, feeds)["y"])
+    nodes = [node.op_type for node in onnx.load(str(tmp_path / MODEL_FILE)).graph.node]
+    assert ("RotaryEmbedding" in nodes) == same
+
+
+def _add(function: FuncOp, name: str, tensors: dict[str, Any], width: int, **arguments: Any) -> Value:
+    op = aten.build(name, tensors, (f32(BATCH, SEQ, width),), **arguments)
+    function.body.append(op)
+    return op.result
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 2}, {"chunk": 3}], ids=str)
