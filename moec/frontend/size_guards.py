@@ -17,6 +17,7 @@ from moec.errors import UnsupportedModelError
 
 # torch.export assumes that a size of any value is not 0 or 1; the operations it gives hold for those too.
 _SMALLEST_SIZE = 2
+_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 _NOT_ONE = re.compile(r" != [01]$")
 _FUNCTIONS = {"min": min, "max": max, "abs": abs, "math": math}
 _TRIED_SIZES = (2, 3, 5, 7, 16, 31, 64, 100, 255, 256, 257, 1000, 1024, 4097, 131072)
@@ -53,7 +54,8 @@ def refuse_fixed_sizes(
         broken = _counterexample(guard, shapes, dynamic, limits)
         if broken is not None:
             raise UnsupportedModelError(
-                f"the model's code takes a path that is wrong for {broken} when it is traced: it assumes {guard}",
+                f"the model's code takes a path that is wrong for {broken} when it is traced: it assumes "
+                f"{_readable(guard, dynamic)}",
                 where=where,
             )
 
@@ -65,6 +67,15 @@ def _limit(program: ExportedProgram, size: Any, meaning: str, largest: int | Non
     if limits is not None and (limits.upper < (largest or int_oo) or limits.lower > _SMALLEST_SIZE):
         return f"takes a path that is right for {meaning} in {limits.lower} .. {limits.upper} only"
     return None
+
+
+def _readable(guard: str, dynamic: Mapping[str, Mapping[int, str]]) -> str:
+    """An assumption with the meanings of sizes instead of torch's expressions for them."""
+
+    def meaning(match: re.Match[str]) -> str:
+        return dynamic.get(match[1], {}).get(int(match[2]), match[0])
+
+    return _SIZE.sub(meaning, guard)
 
 
 def _counterexample(
