@@ -172,16 +172,16 @@ def _embedding(context: Context, op: AtenOp) -> ir.Value:
 
 @emits("index.Tensor")
 def _index(context: Context, op: AtenOp) -> ir.Value:
-    """`x[i, j, ...]` with index tensors for the first axes, which broadcast against each other."""
-    b, indices = context.builder, op.tensors("indices")
-    value = context.value(op.tensor("self"))
-    present = op.attributes.get("indices")
-    if present is not None:
-        raise refuse(op, "some axes have no index")
+    """`x[i, j, ...]` with index tensors for the first axes, which broadcast against each other, or for one axis."""
+    b, value = context.builder, context.value(op.tensor("self"))
+    positions = op.positioned_tensors("indices")
+    indices = op.tensors("indices") or tuple(positions.values())
+    if positions and len(positions) > 1:
+        raise refuse(op, "indices for several axes of which some before them have none")
     if any(tensor_of(index).dtype is DType.I1 for index in indices):
         raise refuse(op, "a boolean mask selects a number of elements that depends on the data")
     if len(indices) == 1:
-        return b.op("Gather", value, context.value(indices[0]), axis=0)
+        return b.op("Gather", value, context.value(indices[0]), axis=next(iter(positions), 0))
     shape = _broadcast([tensor_of(index).shape for index in indices])
     parts = []
     for index in indices:

@@ -14,7 +14,7 @@ from moec.codegen.onnx.registry import EMISSIONS
 from moec.codegen.onnx.targets import Target
 from moec.dialects import aten
 from moec.errors import UnsupportedModelError
-from moec.ir import DType, TensorType, Value, symbol
+from moec.ir import DType, Operation, TensorType, Value, symbol
 from tests.codegen.running import assert_close, emit_and_run, module_of, one_operation
 
 BATCH = 5  # no other size is 5, so that it can stand for the symbol
@@ -234,6 +234,21 @@ def test_equals_torch(case: Case, tmp_path: Path) -> None:
         for index, result in enumerate(results):
             assert found[f"y{index}"].dtype == result.numpy().dtype
             assert_close(found[f"y{index}"].astype(np.float64), result.double().numpy())
+
+
+def test_index_of_a_later_axis(tmp_path: Path) -> None:
+    """`x[:, index]`: the layout says which axis the index is for."""
+    kind = TensorType((COUNT, 4, 6), DType.F32)
+    result = TensorType((COUNT, 3, 6), DType.F32)
+
+    def make(x: Value, index: Value) -> Operation:
+        layout = {"operand_layout": ("self", "indices:1")}
+        return Operation.create("aten.index.Tensor", [x, index], [result], layout)
+
+    types = {"x": kind, "index": TensorType((3,), DType.I64)}
+    feeds = {"x": X, "index": torch.tensor([3, 0, -1])}
+    found, _ = emit_and_run(module_of(one_operation(types, make)), feeds, tmp_path)
+    assert_close(found["y0"], X[:, feeds["index"]].numpy())
 
 
 def test_unknown_operations_are_named(tmp_path: Path) -> None:
