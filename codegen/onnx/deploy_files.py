@@ -1,18 +1,24 @@
-"""`genai_config.json`, by which onnxruntime-genai generates text with a decoder."""
+"""Files beside the model: `genai_config.json`, by which onnxruntime-genai generates text, and `lowering.json`, which
+says how each layer of experts became ONNX and why.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moec.codegen.onnx.lower_moe import LayerLowering
+from moec.codegen.onnx.targets import Target
 from moec.dialects.builtin import FuncOp
 from moec.ir.types import TensorType
 from moec.module import Module, SourceFacts
 from moec.weights.json_file import read_json_object
 
 GENAI_FILE = "genai_config.json"
+LOWERING_FILE = "lowering.json"
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _GENERATION_FILE = "generation_config.json"
 
@@ -67,6 +73,35 @@ def write_genai_config(module: Module, folder: Path, model_file: str) -> str | N
     document = {"model": model, "search": _search(module.source, context_length)}
     (folder / GENAI_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return None
+
+
+def write_lowering_report(folder: Path, target: Target, layers: Sequence[LayerLowering]) -> None:
+    """Writes the form of each layer of experts, the reason and the predicted seconds of the forms that it could have.
+
+    What the parity gate measured is left out: it varies between machines, and equal inputs give equal files.
+    """
+    if not layers:
+        return
+    profile = target.profile
+    document = {
+        "target": target.value,
+        "opset": profile.opset,
+        "ir_version": profile.ir_version,
+        "oldest_onnxruntime": profile.oldest_runtime,
+        "layers": [
+            {
+                "layer": layer.layer,
+                "experts": layer.experts,
+                "shared_experts_inside": layer.shared,
+                "lowering": layer.choice.lowering.value,
+                "reason": layer.choice.reason,
+                "predicted_seconds": {form.value: float(f"{time:.4g}") for form, time in layer.choice.seconds.items()},
+                "main_graph_nodes": layer.nodes,
+            }
+            for layer in layers
+        ],
+    }
+    (folder / LOWERING_FILE).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _caches(function: FuncOp) -> list[TensorType]:

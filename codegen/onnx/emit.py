@@ -13,7 +13,7 @@ from moec.artifact.options import OptimizeFor
 from moec.codegen.onnx import aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn
 from moec.codegen.onnx.context import Context, EmitOptions, tensor_of
 from moec.codegen.onnx.cost_model import Lowering
-from moec.codegen.onnx.deploy_files import write_genai_config
+from moec.codegen.onnx.deploy_files import write_genai_config, write_lowering_report
 from moec.codegen.onnx.expert_plan import plan_layers
 from moec.codegen.onnx.external_data import Placement, StoredTensor, hard_link, lay_out, write_tensors
 from moec.codegen.onnx.fallback_function import fallback_function
@@ -105,6 +105,7 @@ def emit_onnx(
         onnx.checker.check_model(str(folder / MODEL_FILE))
     files = (EmittedFile(MODEL_FILE, len(payload)), *data)
     without_genai = write_genai_config(module, folder, MODEL_FILE)
+    write_lowering_report(folder, target, tuple(context.lowerings))
     return OnnxReport(
         target, profile.opset, profile.ir_version, len(builder.nodes), files, tuple(context.lowerings), without_genai
     )

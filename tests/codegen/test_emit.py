@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from moec.artifact.options import OptimizeFor
 from moec.codegen.onnx import context
 from moec.codegen.onnx.cost_model import ONE_NODE_EXPERTS, Lowering
-from moec.codegen.onnx.deploy_files import GENAI_FILE
+from moec.codegen.onnx.deploy_files import GENAI_FILE, LOWERING_FILE
 from moec.codegen.onnx.emit import DATA_FILE, MODEL_FILE, emit_onnx
 from moec.codegen.onnx.targets import Target, parse_target
 from moec.dialects import aten
@@ -194,6 +194,16 @@ def test_portable_has_only_standard_operators(tmp_path: Path) -> None:
     model = onnx.load(str(tmp_path / MODEL_FILE), load_external_data=False)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)] and model.ir_version == 10
     assert {node.domain for node in model.graph.node} == {""} and not model.functions
+
+
+def test_lowering_report(tmp_path: Path) -> None:
+    emit_onnx(moe_layers(SHAPE), tmp_path, target=Target.ORT_CPU)
+    found = json.loads((tmp_path / LOWERING_FILE).read_text())
+    assert (found["target"], found["opset"], len(found["layers"])) == ("ort-cpu", 23, SHAPE.layers)
+    for layer in found["layers"]:
+        assert layer["experts"] == SHAPE.experts and set(layer["predicted_seconds"]) == {"lean", "fused"}
+        fastest = min(layer["predicted_seconds"], key=layer["predicted_seconds"].get)
+        assert layer["lowering"] == fastest == "fused" and layer["main_graph_nodes"] < 20
 
 
 def test_targets_are_named() -> None:
