@@ -288,6 +288,52 @@ def test_other_arithmetic_is_refused(name: str) -> None:
     assert raised.error < 1e-12
 
 
+class DenseBlock(nn.Module):
+    """Llama 4: every expert for every token, on inputs that are zero where it was not chosen."""
+
+    def __init__(self, top: int, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.gate = nn.Parameter(torch.randn(EXPERTS, WIDTH, generator=generator))
+        self.up = nn.Parameter(torch.randn(EXPERTS, WIDTH, 48, generator=generator))
+        self.down = nn.Parameter(torch.randn(EXPERTS, 24, WIDTH, generator=generator))
+        self.top, self.combine = top, combine
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        logits = tokens @ self.gate.T
+        values, ids = torch.topk(logits, self.top, dim=1)
+        scores = torch.full_like(logits, float("-inf")).scatter_(1, ids, values).sigmoid()
+        routed = tokens.repeat(EXPERTS, 1) * scores.transpose(0, 1).reshape(-1, 1)
+        gate, up = torch.bmm(routed.view(EXPERTS, -1, WIDTH), self.up).chunk(2, dim=-1)
+        outputs = torch.bmm(self.combine(gate, up), self.down).view(-1, WIDTH)
+        return outputs.reshape(EXPERTS, -1, WIDTH).sum(dim=0).view(x.shape)
+
+
+@cache
+def dense_blocks() -> dict[str, Raised]:
+    parts = {str(top): DenseBlock(top, lambda gate, up: up * functional.silu(gate)) for top in (1, 2)}
+    parts["not zero"] = DenseBlock(1, lambda gate, up: up + gate.sigmoid())
+    return raise_all(parts, HIDDEN, "canonicalize,cse,dce,raise-moe,dce")
+
+
+@pytest.mark.parametrize("top", [1, 2])
+def test_experts_of_every_token_become_sparse(top: int) -> None:
+    raised = dense_blocks()[str(top)]
+    (route,) = raised.named("moe.route")
+    assert route.routing == Routing(k=top, score=Score.SIGMOID, choice_on=ChoiceOn.LOGIT)
+    (experts,) = raised.named("moe.experts")
+    assert experts.expert_count == EXPERTS and experts.ids.type.shape[1] == 1
+    assert not raised.named("aten.bmm.default") and not raised.named("aten.repeat.default")
+    assert raised.error < 1e-12
+
+
+def test_experts_that_give_something_for_zero_stay_dense() -> None:
+    raised = dense_blocks()["not zero"]
+    assert not raised.named("moe.experts")
+    assert raised.error < 1e-12
+
+
 MUTATIONS = {
     "renormalisation dropped": (deepseek_v3, {"normalize": Normalize.NONE}),
     "scale dropped": (deepseek_v3, {"scale": 1.0}),
