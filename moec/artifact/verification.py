@@ -63,7 +63,8 @@ class ReferenceRun:
         """Which tokens [rows, length] come at or behind a tie of any layer in their sequence."""
         tied = np.zeros(shape, bool)
         for layer in self.choices:
-            tied |= layer.tied.reshape(shape)
+            # experts on tokens times scores get a row for each slot of a token
+            tied |= layer.tied.reshape(*shape, -1).any(-1)
         return np.logical_or.accumulate(tied, axis=1)
 
 
