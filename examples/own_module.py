@@ -2,8 +2,8 @@
 
     python examples/own_module.py OUTPUT_FOLDER
 
-Its block loops over its experts, which torch.export cannot trace. An adapter says where the experts are and computes the
-block with `run_experts` instead of the loop; moec checks on the example that both compute the same.
+Its block loops over its experts, which torch.export cannot trace. An adapter says where the experts are and computes
+the block with `run_experts` instead of the loop; moec checks on the example that both compute the same.
 """
 
 from __future__ import annotations
