@@ -22,6 +22,11 @@ class ArtifactEditor:
     def data_file(self) -> Path:
         return self.folder / "onnx" / "model.onnx.data"
 
+    def names(self) -> list[str]:
+        """Names of all weights."""
+        model = onnx.load(str(self.folder / "onnx" / "model.onnx"), load_external_data=False)
+        return [tensor.name for tensor in model.graph.initializer]
+
     def place(self, name: str) -> tuple[int, tuple[int, ...]]:
         """Offset in the data file and shape of the float32 tensor `name`."""
         model = onnx.load(str(self.folder / "onnx" / "model.onnx"), load_external_data=False)
