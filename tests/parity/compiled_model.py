@@ -10,6 +10,7 @@ import torch
 
 from moec.artifact.compilation import compile_folder
 from moec.artifact.options import Check, CompileOptions
+from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.emit import emit_onnx
 from moec.codegen.onnx.targets import Target
 from moec.ir import TensorType
@@ -30,6 +31,13 @@ class CompiledModel:
     source: SourceModel
     module: Module
     onnx: dict[Target, OnnxSession]
+
+    def emit_fused(self, folder: Path) -> OnnxSession:
+        """The model with the fused operator for every layer of experts, which few experts would not get otherwise."""
+        report = emit_onnx(self.module, folder, target=Target.ORT_CPU, lowering=Lowering.FUSED)
+        refused = [layer.choice.reason for layer in report.layers if layer.choice.lowering is not Lowering.FUSED]
+        assert report.layers and not refused, refused
+        return OnnxSession.load(folder / "model.onnx")
 
     def execute(self, ids: Ids, mask: Ids) -> Logits:
         """Logits, or hidden states of an encoder, from the reference executor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,14 @@ class TestExperts:
             for expert in experts:
                 without = source.logits_without_expert(layer, int(expert), ids, mask)[mask.astype(bool)]
                 assert relative_difference(without, whole) >= 0.01, f"expert {expert} hardly matters"
+
+    def test_fused_operator(self, compiled: CompiledModel, tmp_path: Path) -> None:
+        ids, mask = padded_batch(left=True)
+        session = compiled.emit_fused(tmp_path)
+        expected = compiled.source.logits(ids, mask)
+        assert_same_logits(session.prefill(ids, mask), expected, mask)
+        longest_padding = int((mask == 0).sum(axis=1).max())
+        assert_same_logits(session.decode(ids, mask, first=longest_padding + 1), expected, mask)
 
 
 def test_the_batches_are_longer_than_the_windows() -> None:
