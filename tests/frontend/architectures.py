@@ -35,6 +35,12 @@ MODEL_TYPES = (
     "qwen3_next", "solar_open", "zaya",
 )  # fmt: skip
 
+# Decoders without experts that the other tests do not cover.
+DENSE_MODEL_TYPES = (
+    "phi3", "opt", "gpt_neox", "olmo2", "cohere2", "stablelm", "falcon", "bloom", "starcoder2", "glm4", "nemotron",
+    "gemma", "granite", "smollm3", "helium",
+)  # fmt: skip
+
 _NUMBERS: dict[tuple[str, ...], int] = {
     ("num_hidden_layers", "n_layers", "num_layers"): LAYERS,
     ("vocab_size",): 96,
