@@ -1,4 +1,4 @@
-"""Which of the decoders with experts in transformers compile: `python -m tests.slow.decoders docs/architectures.md`.
+"""Which decoders with experts compile to ONNX: `python -m tests.slow.decoders docs/architectures_onnx.md`.
 
 Each is built small from its default config with random weights, saved by transformers, compiled to portable ONNX and
 compared with transformers in onnxruntime: whole left-padded sequences, and token by token where it has a cache.
@@ -25,12 +25,13 @@ from tests.parity.compiled_model import padded_batch
 from tests.parity.onnx_session import OnnxSession
 from tests.parity.source_model import SourceModel
 
-HEADER = """# Decoders with experts
+HEADER = """# Decoders with experts, as portable ONNX
 
 Every decoder with Mixture-of-Experts layers that transformers 5.23 has, built small from its default config with random
 weights, compiled with `moec compile` for the target `portable` and compared with transformers in float32: largest
 difference of the logits of left-padded batches, relative to the largest logit (allowed: 1e-4). Written by
-`python -m tests.slow.decoders docs/architectures.md`; `make test-slow` compares with it.
+`python -m tests.slow.decoders docs/architectures_onnx.md`; `make test-slow` compares with it.
+[architectures.md](architectures.md) says what else loads.
 
 - *routing*: `moe.route` where the router became one operation; otherwise its arithmetic stays as it is.
 - *cache*: whether the model takes keys and values of earlier tokens. One without gets whole sequences.

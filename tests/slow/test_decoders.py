@@ -1,4 +1,4 @@
-"""docs/architectures.md says what is true, and at least 40 decoders compile."""
+"""docs/architectures_onnx.md says what is true, and at least 40 decoders compile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.slow.decoders import Status, examine
 
 pytestmark = pytest.mark.slow
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "architectures_onnx.md"
 
 
 def promised() -> dict[str, str]:
