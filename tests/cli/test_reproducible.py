@@ -19,9 +19,15 @@ pytestmark = pytest.mark.xdist_group("artifact")
 
 
 def compile_process(source: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
+    """A run that heeds interrupts, even where the tests run in the background and inherited that they are ignored."""
     command = [sys.executable, "-m", "moec", "compile", str(source), "-o", str(out)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
