@@ -109,6 +109,7 @@ def resolve_model(values: dict[str, Any], where: str) -> ModelSource:
         close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1)
         hint = f"did you mean {close[0]!r}?" if close else "see docs for the architectures that are known to work"
         raise UnsupportedModelError(f"unknown model_type {model_type!r}", where=where, hint=hint)
+    _check_aliases(values, CONFIG_MAPPING[model_type].attribute_map, where)
     try:
         config = CONFIG_MAPPING[model_type].from_dict(dict(values))
     except Exception as error:
@@ -134,6 +135,17 @@ def resolve_model(values: dict[str, Any], where: str) -> ModelSource:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model", where=where)
     return ModelSource(config, model_class, is_decoder)
+
+
+def _check_aliases(values: dict[str, Any], attribute_map: dict[str, str], where: str) -> None:
+    """Refuses two names of one setting with different values, of which transformers would silently take one."""
+    for alias, name in attribute_map.items():
+        if alias in values and name in values and values[alias] != values[name]:
+            raise UnsupportedModelError(
+                f"{alias} = {values[alias]!r} contradicts {name} = {values[name]!r}, another name of the same setting",
+                where=where,
+                hint=f"remove {alias}",
+            )
 
 
 def _decode_floats(value: Any) -> Any:

@@ -101,3 +101,11 @@ def test_class_of_the_model(model_type: str, architectures: list[str] | None, na
 
 def test_sizes_that_are_large_but_real() -> None:
     check_config(_config(max_position_embeddings=10_485_760, vocab_size=262_144), "config.json")
+
+
+def test_two_names_of_one_setting() -> None:
+    """transformers knows `num_experts` of Mixtral as another name of `num_local_experts`."""
+    values = _config()
+    assert resolve_model({**values, "num_experts": values["num_local_experts"]}, "config.json").is_decoder
+    with pytest.raises(UnsupportedModelError, match="num_experts = 5 contradicts num_local_experts = 8"):
+        resolve_model({**values, "num_experts": 5}, "config.json")
