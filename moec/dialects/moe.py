@@ -283,11 +283,20 @@ class RouteOp(Op, name="moe.route", pure=True):
 @struct_attribute("moe.class")
 @dataclass(frozen=True, slots=True)
 class ExpertClass:
-    """Experts with one body: their stored ids, in the order of their stacks, and how many stacked operands they
-    have."""
+    """Experts with one body: their stored ids, in the order of their stacks, and how many weights they take.
+
+    The last `shared` of the weights are whole tensors that all experts of the class read, such as the base of low-rank
+    differences; the others are stacks [experts, ...], of which each expert reads its own slice.
+    """
 
     experts: tuple[int, ...]
     operands: int
+    shared: int = 0
+
+    @property
+    def stacks(self) -> int:
+        """How many of the weights are stacks; they come first."""
+        return self.operands - self.shared
 
 
 class ExpertsOp(Op, name="moe.experts", pure=True, regions=None, isolated=True):
@@ -295,10 +304,10 @@ class ExpertsOp(Op, name="moe.experts", pure=True, regions=None, isolated=True):
 
     `x` [T, H], `ids` i64 [T, K] name router outputs, `gates` [T, K]; a slot with gate 0 is empty. `stored[r]` is the
     stored expert of the router output r; several outputs may share one (their gates add), and -1 is a null expert
-    that gives nothing. `weights`
-    are the stacks [experts in the class, ...] of all classes, in order; the region of a class computes one of its
-    experts on
-    [tokens, H] from one slice of each stack.
+    that gives nothing. `weights` are those of all classes, in order: of each class first the stacks [experts in the
+    class, ...], then what its experts share. The region of a class computes one of its experts on [tokens, H] from one
+    slice of each stack and the shared weights as they are. `protected` are stored experts that no pass changes or
+    drops, in ascending order.
     """
 
     x = Operand()
@@ -308,6 +317,7 @@ class ExpertsOp(Op, name="moe.experts", pure=True, regions=None, isolated=True):
     y = Result()
     stored = Attr(tuple)
     classes = Attr(tuple)
+    protected = Attr(tuple, ())
 
     @property
     def expert_count(self) -> int:
@@ -315,7 +325,7 @@ class ExpertsOp(Op, name="moe.experts", pure=True, regions=None, isolated=True):
         return sum(len(group.experts) for group in self.classes)
 
     def class_operands(self) -> Iterator[tuple[ExpertClass, tuple[Value, ...], Region]]:
-        """(class, its stacks, its region) of each class."""
+        """(class, its weights, its region) of each class; the first `stacks` of the weights are stacks."""
         start = 0
         for group, region in zip(self.classes, self.regions, strict=True):
             yield group, self.weights[start : start + group.operands], region
@@ -328,25 +338,36 @@ class ExpertsOp(Op, name="moe.experts", pure=True, regions=None, isolated=True):
             raise VerifyError(f"{self.name}: ids {ids} and gates {gates} do not fit x {x}", self)
         if not all(isinstance(group, ExpertClass) for group in self.classes) or len(self.classes) != len(self.regions):
             raise VerifyError(f"{self.name} needs one region for each class of experts", self)
+        for group in self.classes:
+            if not 0 <= group.shared <= group.operands:
+                raise VerifyError(f"{self.name}: {group.shared} of {group.operands} weights are shared", self)
         members = sorted(expert for group in self.classes for expert in group.experts)
         if members != list(range(len(members))):
             raise VerifyError(f"{self.name}: the classes must hold each stored expert once, found {members}", self)
         for target in self.stored:
             if type(target) is not int or not -1 <= target < len(members):
                 raise VerifyError(f"{self.name}: stored names expert {target!r}, but there are {len(members)}", self)
+        ascending = all(type(expert) is int for expert in self.protected) and sorted({*self.protected})
+        if ascending != list(self.protected) or not {*self.protected} <= {*members}:
+            raise VerifyError(
+                f"{self.name}: protected must be ascending stored experts below {len(members)}, "
+                f"found {list(self.protected)}",
+                self,
+            )
         taken = sum(group.operands for group in self.classes)
         if taken != len(self.weights):
             raise VerifyError(f"{self.name}: the classes take {taken} weights, not {len(self.weights)}", self)
-        for group, stacks, region in self.class_operands():
-            slices: list[Type] = []
-            for value in stacks:
+        for group, weights, region in self.class_operands():
+            given: list[Type] = []
+            for value in weights[: group.stacks]:
                 stack = tensor_type(self, value, "a stack of weights")
                 if not stack.shape or stack.shape[0] != len(group.experts):
                     raise VerifyError(
                         f"{self.name}: the stack {stack} does not hold {len(group.experts)} experts", self
                     )
-                slices.append(TensorType(stack.shape[1:], stack.dtype))
-            verify_body(self, region, x, slices)
+                given.append(TensorType(stack.shape[1:], stack.dtype))
+            given += [value.type for value in weights[group.stacks :]]
+            verify_body(self, region, x, given)
         return [x]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -13,19 +14,34 @@ from moec.reference.kernels import Kernel, prepares
 from moec.reference.plan import BlockPlan, plan_block
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a stored expert lies: the plan of its class, its row in the stacks, and what the class shares."""
+
+    plan: BlockPlan
+    row: int
+    stacks: tuple[Value, ...]
+    shared: tuple[Value, ...]
+
+
 @prepares(ExpertsOp)
 def prepare_experts(op: ExpertsOp) -> Kernel:
     """The lowering is that of the run."""
     plans = [plan_block(region.block) for region in op.regions]
-    # places[e]: where the stored expert e lies: the plan of its class, its row in the stacks, the stacks
-    places: dict[int, tuple[BlockPlan, int, tuple[Value, ...]]] = {}
-    for plan, (group, stacks, _) in zip(plans, op.class_operands(), strict=True):
-        places.update((expert, (plan, row, stacks)) for row, expert in enumerate(group.experts))
+    places: dict[int, _Place] = {}
+    for plan, (group, weights, _) in zip(plans, op.class_operands(), strict=True):
+        stacks, shared = weights[: group.stacks], weights[group.stacks :]
+        places.update((expert, _Place(plan, row, stacks, shared)) for row, expert in enumerate(group.experts))
     stored = torch.tensor(op.stored, dtype=torch.int64)
 
-    def run_expert(frame: Frame, expert: int, tokens: torch.Tensor) -> torch.Tensor:
-        plan, row, stacks = places[expert]
-        given = [tokens, *(frame.row(stack, row) for stack in stacks)]
+    def run_expert(frame: Frame, expert: int, tokens: torch.Tensor, whole: dict[Value, torch.Tensor]) -> torch.Tensor:
+        place = places[expert]
+        plan = place.plan
+        for value in place.shared:
+            if value not in whole:
+                whole[value] = frame.tensor(value)
+        given = [tokens, *(frame.row(stack, place.row) for stack in place.stacks)]
+        given += [whole[value] for value in place.shared]
         inner = frame.inner(list(zip(plan.block.arguments, given, strict=True)), tokens.shape[0], expert)
         del given
         return plan.run(inner)[0]
@@ -36,14 +52,16 @@ def prepare_experts(op: ExpertsOp) -> Kernel:
         targets = stored[ids] if len(stored) else torch.full_like(ids, -1)
         used = (targets >= 0) & (gates.detach() != 0)
         result = torch.zeros_like(x)
+        # loaded once per run of the layer, by the first expert that reads it
+        whole: dict[Value, torch.Tensor] = {}
         if frame.settings.experts is ExpertsLowering.ORACLE:
             for expert in sorted(places):
                 hit = used & (targets == expert)
                 gate = torch.where(hit, gates, 0.0).sum(1, keepdim=True)
-                result = result + torch.where(hit.any(1, keepdim=True), gate * run_expert(frame, expert, x), 0.0)
+                result = result + torch.where(hit.any(1, keepdim=True), gate * run_expert(frame, expert, x, whole), 0.0)
             return (result,)
         for expert, tokens, slots in _groups(targets, used):
-            outputs = run_expert(frame, expert, x[tokens])
+            outputs = run_expert(frame, expert, x[tokens], whole)
             result = result.index_add(0, tokens, outputs * gates[tokens, slots, None])
         return (result,)
 

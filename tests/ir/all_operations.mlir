@@ -16,6 +16,7 @@
     %ups = "moec.weight"() <{source = "us", weight_name = "ups"}> : () -> tensor<6x96x64xf32>
     %downs = "moec.weight"() <{source = "ds", weight_name = "downs"}> : () -> tensor<6x64x96xf32>
     %row = "moec.weight"() <{source = "r", weight_name = "row"}> : () -> tensor<2x64xf32>
+    %base = "moec.weight"() <{source = "b", weight_name = "base"}> : () -> tensor<64x64xf32>
     // CHECK: "moec.constant"() <{data = #moec.dense<"0000803f00000040">}>
     %c = "moec.constant"() <{data = #moec.dense<"0000803f00000040">}> : () -> tensor<2xf32>
     // CHECK: "nn.rms_norm"
@@ -41,17 +42,18 @@
     // CHECK: "moe.route"
     %ids, %gates, %count = "moe.route"(%logits, %e, %on8, %logits, %on, %e, %e) <{operandSegmentSizes = [1, 1, 1, 1, 1, 1, 0, 1], routing = #moe.routing<softcap = 30.0, groups = 4, topk_groups = 2, group_score = #moe.group_score<sum_top2>, k = 2, normalize = #moe.normalize<sum>, norm_eps = 1.0e-20, scale = 2.5>}> : (!moec.tensor<[tokens, 8], f32>, tensor<8xf32>, tensor<8xi1>, !moec.tensor<[tokens, 8], f32>, !moec.tensor<[tokens], i1>, tensor<8xf32>, tensor<8xf32>) -> (!moec.tensor<[tokens, 2], i64>, !moec.tensor<[tokens, 2], f32>, !moec.tensor<[tokens], i64>)
     %ids2, %gates2, %count2 = "moe.route"(%logits, %forced) <{operandSegmentSizes = [1, 0, 0, 0, 0, 0, 1, 0], routing = #moe.routing<score = #moe.score<sigmoid>, select = #moe.select<forced>>}> : (!moec.tensor<[tokens, 8], f32>, !moec.tensor<[tokens, 2], i64>) -> (!moec.tensor<[tokens, 2], i64>, !moec.tensor<[tokens, 2], f32>, !moec.tensor<[tokens], i64>)
-    // CHECK: "moe.experts"
-    %y = "moe.experts"(%rows, %ids, %gates, %ups, %downs, %row) <{classes = [#moe.class<experts = [0, 1, 2, 3, 4, 5], operands = 2>, #moe.class<experts = [6, 7], operands = 1>], operandSegmentSizes = [1, 1, 1, 3], stored = [0, 1, 2, 3, 4, 5, 6, -1]}> ({
+    // CHECK: "moe.experts"{{.*}}#moe.class<experts = [0, 1, 2, 3, 4, 5], operands = 2>, #moe.class<experts = [6, 7], operands = 2, shared = 1>], operandSegmentSizes = [1, 1, 1, 4], protected = [2, 6], stored =
+    %y = "moe.experts"(%rows, %ids, %gates, %ups, %downs, %row, %base) <{classes = [#moe.class<experts = [0, 1, 2, 3, 4, 5], operands = 2>, #moe.class<experts = [6, 7], operands = 2, shared = 1>], operandSegmentSizes = [1, 1, 1, 4], protected = [2, 6], stored = [0, 1, 2, 3, 4, 5, 6, -1]}> ({
     ^bb0(%t: !moec.tensor<[tokens, 64], f32>, %u: tensor<96x64xf32>, %d: tensor<64x96xf32>):
       %h = "aten.linear.default"(%t, %u) <{operand_layout = ["input", "weight"]}> : (!moec.tensor<[tokens, 64], f32>, tensor<96x64xf32>) -> !moec.tensor<[tokens, 96], f32>
       %o = "aten.linear.default"(%h, %d) <{operand_layout = ["input", "weight"]}> : (!moec.tensor<[tokens, 96], f32>, tensor<64x96xf32>) -> !moec.tensor<[tokens, 64], f32>
       "moe.yield"(%o) : (!moec.tensor<[tokens, 64], f32>) -> ()
     }, {
-    ^bb0(%t: !moec.tensor<[tokens, 64], f32>, %r: tensor<64xf32>):
-      %o = "aten.mul.Tensor"(%t, %r) <{operand_layout = ["self", "other"]}> : (!moec.tensor<[tokens, 64], f32>, tensor<64xf32>) -> !moec.tensor<[tokens, 64], f32>
+    ^bb0(%t: !moec.tensor<[tokens, 64], f32>, %r: tensor<64xf32>, %b: tensor<64x64xf32>):
+      %h = "aten.linear.default"(%t, %b) <{operand_layout = ["input", "weight"]}> : (!moec.tensor<[tokens, 64], f32>, tensor<64x64xf32>) -> !moec.tensor<[tokens, 64], f32>
+      %o = "aten.mul.Tensor"(%h, %r) <{operand_layout = ["self", "other"]}> : (!moec.tensor<[tokens, 64], f32>, tensor<64xf32>) -> !moec.tensor<[tokens, 64], f32>
       "moe.yield"(%o) : (!moec.tensor<[tokens, 64], f32>) -> ()
-    }) : (!moec.tensor<[tokens, 64], f32>, !moec.tensor<[tokens, 2], i64>, !moec.tensor<[tokens, 2], f32>, tensor<6x96x64xf32>, tensor<6x64x96xf32>, tensor<2x64xf32>) -> !moec.tensor<[tokens, 64], f32>
+    }) : (!moec.tensor<[tokens, 64], f32>, !moec.tensor<[tokens, 2], i64>, !moec.tensor<[tokens, 2], f32>, tensor<6x96x64xf32>, tensor<6x64x96xf32>, tensor<2x64xf32>, tensor<64x64xf32>) -> !moec.tensor<[tokens, 64], f32>
     // CHECK: "func.return"
     "func.return"(%y) : (!moec.tensor<[tokens, 64], f32>) -> ()
   // CHECK: arg_names = ["x", "padding", {{.*}}], result_names = ["y"]

@@ -72,7 +72,7 @@ scalars = (
     | st.sampled_from([*Score, *Select])
     | names.map(SymbolReference)
     | st.binary(max_size=9).map(DenseConstant)
-    | st.builds(ExpertClass, st.lists(st.integers(0, 99), max_size=4).map(tuple), st.integers(0, 9))
+    | st.builds(ExpertClass, st.lists(st.integers(0, 99), max_size=4).map(tuple), st.integers(0, 9), st.integers(0, 3))
     | st.builds(
         Routing,
         k=st.integers(0, 9),

@@ -12,7 +12,11 @@ from moec.dialects.moe import ExpertClass, ExpertsOp
 from moec.ir import DType, TensorType, Value, symbol, verify
 from moec.reference.executor import Executor
 from moec.reference.frame import ExpertsLowering
+from moec.weights.context import WeightContext
+from moec.weights.expression import Expression
 from tests.ir.build import f32, moe_module, swiglu_body
+from tests.ir.expert_bodies import Kind, affine, constant, dense, latent, low_rank, mixed_layer
+from tests.ir.expert_bodies import by_hand as by_hand_mixed
 
 HIDDEN, WIDE, NARROW = 6, 5, 3
 COUNT = symbol("count")
@@ -136,3 +140,68 @@ def _moe_weights() -> dict[str, torch.Tensor]:
         given[f"experts.{expert}.gate_up"] = torch.randn(96, 64, generator=generator) / 8
         given[f"experts.{expert}.down"] = torch.randn(64, 48, generator=generator) / 7
     return given
+
+
+MIXED_HIDDEN = 6
+
+
+def _mixed() -> list[tuple[Kind, tuple[int, ...]]]:
+    """Every kind of expert in one layer."""
+    return [
+        (dense(MIXED_HIDDEN, 5, bias=True), (0, 8)),
+        (low_rank(MIXED_HIDDEN, 5, 2), (1, 4)),
+        (low_rank(MIXED_HIDDEN, 4, 2, base=True, name="difference"), (2, 7, 9)),
+        (latent(MIXED_HIDDEN, 5, 3), (5, 10)),
+        (constant(MIXED_HIDDEN), (3, 11)),
+        (affine(MIXED_HIDDEN, 2), (6,)),
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 9), st.lists(st.integers(-1, 11), min_size=2, max_size=14))
+def test_kinds_of_experts_with_shared_weights(seed: int, tokens: int, stored: list[int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    found = mixed_layer(_mixed(), tuple(stored), hidden=MIXED_HIDDEN, slots=3, seed=seed)
+    given = {name: tensor.double() for name, tensor in found.weights.items()}
+    x = torch.randn(tokens, MIXED_HIDDEN, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, len(stored), (tokens, 3), generator=generator)
+    gates = torch.rand(tokens, 3, generator=generator, dtype=torch.float64)
+    gates[torch.rand(tokens, 3, generator=generator) < 0.3] = 0.0
+    expected = by_hand_mixed(_mixed(), tuple(stored), given, x, ids, gates)
+    for lowering in ExpertsLowering:
+        executor = Executor(found.op, given, dtype=torch.float64, experts=lowering)
+        y = executor.run({"x": x, "ids": ids, "gates": gates})["y"]
+        assert torch.allclose(y, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("lowering", ExpertsLowering)
+def test_gradients_of_shared_weights(lowering: ExpertsLowering) -> None:
+    found = mixed_layer(_mixed(), tuple(range(12)), hidden=MIXED_HIDDEN, slots=3)
+    given = {name: tensor.double() for name, tensor in found.weights.items()}
+    executor = Executor(found.op, given, dtype=torch.float64, experts=lowering)
+    x = torch.randn(4, MIXED_HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(12).reshape(4, 3)
+    names = ["difference.gate_base", "difference.down_base", "latent.up_right", "latent.down_left"]
+
+    def run(*weights: torch.Tensor) -> torch.Tensor:
+        feeds = {"x": x, "ids": ids, "gates": torch.ones(4, 3, dtype=torch.float64)}
+        return executor.run(feeds, overrides=dict(zip(names, weights, strict=True)))["y"]
+
+    assert torch.autograd.gradcheck(run, [given[name].requires_grad_() for name in names])
+
+
+def test_shared_weight_is_loaded_once() -> None:
+    """However many experts read it, and not at all where no token goes to its class."""
+    found = mixed_layer(_mixed(), tuple(range(12)), hidden=MIXED_HIDDEN, slots=3)
+    loaded: list[str] = []
+
+    class Counting(WeightContext):
+        def load(self, source: str | Expression, index: int | slice | None = None) -> torch.Tensor:
+            loaded.append(str(source))
+            return super().load(source, index)
+
+    executor = Executor(found.op, Counting(in_memory=found.weights))
+    gates = torch.ones(1, 3)
+    executor.run({"x": torch.randn(1, MIXED_HIDDEN), "ids": torch.tensor([[2, 7, 9]]), "gates": gates})
+    assert loaded.count("difference.gate_base") == 1 and loaded.count("difference.gate_left") == 3
+    assert not any(name.startswith("latent") for name in loaded)
