@@ -1,0 +1,1 @@
+"""What group-route and reuse-experts are made of."""
