@@ -1,0 +1,1 @@
+"""Light modules in the place of experts that a token ranks low."""

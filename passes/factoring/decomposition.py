@@ -1,0 +1,151 @@
+"""A matrix as the product of two thin ones, at the rank that a rule gives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from moec.errors import UsageError
+from moec.passes.factoring.whitening import Whitening
+
+
+class Split(Enum):
+    """Which factor takes the singular values: both their square root, or one of them all."""
+
+    SQRT = "sqrt"
+    LEFT = "left"
+    RIGHT = "right"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """left [out, r] @ right [r, in]."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def product(self) -> torch.Tensor:
+        """[out, in]."""
+        return self.left @ self.right
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """W S = U diag(singular) V^T, float64, of a weight W [out, in] in the norm of S; `whitening` is that of S."""
+
+    left: torch.Tensor
+    singular: torch.Tensor
+    right: torch.Tensor
+    whitening: Whitening
+
+    def factors(self, rank: int, split: Split = Split.SQRT) -> Factors:
+        """The best product of rank `rank` in the norm: U_r and V_r^T S^-1, the singular values as `split` says."""
+        kept = self.singular[:rank]
+        share = {Split.SQRT: 0.5, Split.LEFT: 1.0, Split.RIGHT: 0.0}[split]
+        left = self.left[:, :rank] * kept.pow(share)
+        right = kept.pow(1 - share)[:, None] * (self.right[:rank] @ self.whitening.inverse)
+        return Factors(left, right)
+
+    def error(self, rank: int) -> float:
+        """||(W - W_r) S||_F^2, from the singular values that are cut off."""
+        return float(self.singular[rank:].square().sum())
+
+
+def decompose(weight: torch.Tensor, norm: Whitening) -> Decomposition:
+    """The decomposition of a weight [out, in] in the norm of rows.
+
+    Raises:
+        UsageError: the weight is not finite.
+    """
+    require_finite(weight)
+    left, singular, right = torch.linalg.svd(weight.to(torch.float64) @ norm.root, full_matrices=False)
+    return Decomposition(left, singular, right, norm)
+
+
+def require_finite(weight: torch.Tensor) -> None:
+    """Raises UsageError where a weight holds NaN or infinity: no decomposition of it means anything."""
+    if not bool(torch.isfinite(weight).all()):
+        raise UsageError(
+            "a weight of an expert is NaN or infinite",
+            hint="repair the checkpoint, or leave the expert out with prune-experts",
+        )
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """The rank of a matrix: a number, a share of its parameters, or a share of its energy. One of them is set."""
+
+    rank: int | None = None
+    ratio: float | None = None
+    energy: float | None = None
+
+    def problem(self) -> str | None:
+        """What is wrong with the rule itself, whatever the matrix."""
+        given = [value for value in (self.rank, self.ratio, self.energy) if value is not None]
+        if len(given) != 1:
+            return f"give one of rank, ratio and energy, not {len(given)} of them"
+        if self.rank is not None and self.rank < 1:
+            return f"rank {self.rank} is below 1"
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            return f"ratio {self.ratio:g} is not within (0, 1); at 1 nothing would be saved"
+        if self.energy is not None and not 0 < self.energy <= 1:
+            return f"energy {self.energy:g} is not within (0, 1]"
+        return None
+
+    def of(self, decomposition: Decomposition) -> int:
+        """The rank for one matrix.
+
+        Raises:
+            UsageError: above its full rank, or a ratio below that of rank 1.
+        """
+        outputs, inputs = decomposition.left.shape[0], decomposition.right.shape[1]
+        if self.energy is not None:
+            return _energy_rank(decomposition.singular, self.energy)
+        if self.ratio is not None:
+            return rank_for_parameters(self.ratio * outputs * inputs, outputs, inputs)
+        assert self.rank is not None
+        require_rank(self.rank, outputs, inputs)
+        return self.rank
+
+
+def factored_size(rank: int, outputs: int, inputs: int) -> int:
+    """Numbers in the two factors."""
+    return rank * (outputs + inputs)
+
+
+def saves(rank: int, outputs: int, inputs: int) -> bool:
+    """Whether the factors hold fewer numbers than the matrix."""
+    return factored_size(rank, outputs, inputs) < outputs * inputs
+
+
+def rank_for_parameters(parameters: float, outputs: int, inputs: int) -> int:
+    """The greatest rank whose factors hold at most so many numbers. Raises UsageError where rank 1 holds more."""
+    # a share such as 0.3 is not exact in binary, and must not cost a rank
+    rank = math.floor(parameters / (outputs + inputs) + 1e-9)
+    if rank < 1:
+        raise UsageError(
+            f"{parameters:.0f} parameters are too few for factors of a {outputs}x{inputs} matrix",
+            hint=f"rank 1 takes {outputs + inputs} of {outputs * inputs}",
+        )
+    return min(rank, outputs, inputs)
+
+
+def require_rank(rank: int, outputs: int, inputs: int) -> None:
+    """Raises UsageError for a rank above the full one."""
+    if rank > min(outputs, inputs):
+        raise UsageError(
+            f"rank {rank} is above the full rank of a {outputs}x{inputs} matrix",
+            hint=f"give a rank of at most {min(outputs, inputs)}",
+        )
+
+
+def _energy_rank(singular: torch.Tensor, energy: float) -> int:
+    """The least rank that keeps a share of the squared singular values; 1 for a matrix of zeros."""
+    squares = singular.square()
+    total = float(squares.sum())
+    if total == 0:
+        return 1
+    return min(int((squares.cumsum(0) / total < energy - 1e-12).sum()) + 1, len(singular))
