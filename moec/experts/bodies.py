@@ -1,0 +1,115 @@
+"""Bodies of classes of experts in their canonical form, and which of an expert's tensors are the operands.
+
+A body takes the rows and one tensor per operand in the order of `operands_of`; shared ones come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moec.dialects import aten
+from moec.dialects.moe import YieldOp
+from moec.dialects.nn import TOKENS
+from moec.experts.expert import Affine, Constant, Dense, Expert, FeedForward, LowRank, Projection
+from moec.ir import Block, DType, Region, TensorType, Value
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that the body reads. `name` says what it is: `gate`, `down.left`, `up.bias`."""
+
+    name: str
+    tensor: torch.Tensor
+    shared: bool = False
+
+
+def operands_of(expert: Expert) -> tuple[Operand, ...]:
+    """The tensors of an expert in the order in which its body takes them."""
+    if isinstance(expert, Constant):
+        return (Operand("value", expert.value),)
+    if isinstance(expert, Affine):
+        return (Operand("right", expert.right), Operand("left", expert.left), Operand("bias", expert.bias))
+    found = [operand for name, projection in _projections(expert) for operand in _operands(name, projection)]
+    return (*[item for item in found if not item.shared], *[item for item in found if item.shared])
+
+
+def body_key(expert: Expert) -> tuple[object, ...]:
+    """Comparable values that are equal for experts with the same body and the same sizes of all operands."""
+    operands = tuple((item.name, tuple(item.tensor.shape), item.shared) for item in operands_of(expert))
+    activation = expert.activation if isinstance(expert, FeedForward) else None
+    return (type(expert).__name__, activation, operands)
+
+
+def build_body(expert: Expert, hidden_size: int) -> Region:
+    """The region that computes experts of this kind and these sizes on [tokens, hidden_size]."""
+    operands = operands_of(expert)
+    block = Block([_f32(TOKENS, hidden_size), *[_f32(*item.tensor.shape) for item in operands]])
+    rows = block.arguments[0]
+    given = {item.name: argument for item, argument in zip(operands, block.arguments[1:], strict=True)}
+    if isinstance(expert, Constant):
+        kind = _f32(TOKENS, hidden_size)
+        spread = aten.build("expand.default", {"self": given["value"]}, (kind,), size=kind.shape)
+        block.append(spread)
+        result: Value = spread.result
+    elif isinstance(expert, Affine):
+        inner = _linear(block, rows, given["right"], None)
+        result = _linear(block, inner, given["left"], given["bias"])
+    else:
+        gate = None if expert.gate is None else _project(block, rows, "gate", expert.gate, given)
+        up = _project(block, rows, "up", expert.up, given)
+        hidden = expert.activation.emit(block, gate, up)
+        result = _project(block, hidden, "down", expert.down, given)
+    block.append(YieldOp([result], result_types=[]))
+    return Region(block)
+
+
+def _projections(expert: FeedForward) -> list[tuple[str, Projection]]:
+    found = [("up", expert.up), ("down", expert.down)]
+    return found if expert.gate is None else [("gate", expert.gate), *found]
+
+
+def _operands(name: str, projection: Projection) -> list[Operand]:
+    matrix = projection.matrix
+    if isinstance(matrix, Dense):
+        found = [Operand(name, matrix.weight)]
+    else:
+        found = [
+            Operand(f"{name}.right", matrix.right, matrix.right_is_shared),
+            Operand(f"{name}.left", matrix.left, matrix.left_is_shared),
+        ]
+        if matrix.base is not None:
+            found.append(Operand(f"{name}.base", matrix.base, shared=True))
+    if projection.bias is not None:
+        found.append(Operand(f"{name}.bias", projection.bias))
+    return found
+
+
+def _project(block: Block, rows: Value, name: str, projection: Projection, given: Mapping[str, Value]) -> Value:
+    bias = given.get(f"{name}.bias")
+    matrix = projection.matrix
+    if not isinstance(matrix, LowRank):
+        return _linear(block, rows, given[name], bias)
+    result = _linear(block, _linear(block, rows, given[f"{name}.right"], None), given[f"{name}.left"], bias)
+    if matrix.base is None:
+        return result
+    base = _linear(block, rows, given[f"{name}.base"], None)
+    total = aten.build("add.Tensor", {"self": base, "other": result}, (base.type,))
+    block.append(total)
+    return total.result
+
+
+def _linear(block: Block, rows: Value, weight: Value, bias: Value | None) -> Value:
+    assert isinstance(weight.type, TensorType)
+    tensors: dict[str, Value | tuple[Value, ...]] = {"input": rows, "weight": weight}
+    if bias is not None:
+        tensors["bias"] = bias
+    op = aten.build("linear.default", tensors, (_f32(TOKENS, weight.type.shape[0]),))
+    block.append(op)
+    return op.result
+
+
+def _f32(*shape: object) -> TensorType:
+    return TensorType(tuple(shape), DType.F32)  # type: ignore[arg-type]

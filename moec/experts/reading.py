@@ -1,0 +1,348 @@
+"""Loads one stored expert by following the body of its class with the expert's own weights.
+
+What the body does to weights alone (transposing, slicing) is done to them here; products of rows and weights become
+projections; what lies between two projections becomes the activation. So any spelling of an expert is read, and
+whatever is not two projections with an elementwise function between them is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from moec.dialects.aten import AtenOp
+from moec.dialects.builtin import ConstantOp, WeightOp
+from moec.dialects.moe import YieldOp
+from moec.dialects.nn import TOKENS
+from moec.errors import UnsupportedModelError
+from moec.experts.expert import (
+    WIDTH,
+    Activation,
+    Affine,
+    Constant,
+    Dense,
+    Expert,
+    FeedForward,
+    Loaded,
+    LowRank,
+    Projection,
+    View,
+    kernel_frame,
+    operation_key,
+)
+from moec.experts.layer import MoeLayer
+from moec.ir import Block, DimExpr, Operation, TensorType, Value
+from moec.reference.kernels import prepare
+from moec.weights.context import WeightContext
+from moec.weights.expression_parser import parse_expression
+
+_PRODUCTS = frozenset({"aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default"})
+_COLUMNS = frozenset({"aten.slice.Tensor", "aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default"})
+# a value that goes into one of these is the gate of a gated expert
+_NONLINEAR = frozenset(
+    f"aten.{name}.default"
+    for name in (
+        "silu", "gelu", "sigmoid", "relu", "tanh", "softplus", "elu", "leaky_relu", "hardswish", "hardsigmoid", "mish",
+        "square", "exp", "selu", "celu", "erf",
+    )
+) | {"aten.pow.Tensor_Scalar"}  # fmt: skip
+
+
+class UnreadableExpertError(UnsupportedModelError):
+    """The body of an expert is nothing that passes can take apart."""
+
+
+def load_expert(layer: MoeLayer, weights: WeightContext, expert: int, dtype: torch.dtype = torch.float32) -> Expert:
+    """The stored expert `expert` with its tensors in `dtype` (float32 or float64).
+
+    Raises UnreadableExpertError where the body of its class is something else than the kinds of `Expert`, UsageError
+    for a weight that cannot be loaded.
+    """
+    op = layer.experts
+    for group, stacks, region in op.class_operands():
+        if expert not in group.experts:
+            continue
+        row = group.experts.index(expert)
+        sliced = group.operands - group.shared
+        given = []
+        for position, stack in enumerate(stacks):
+            weight = stack.defining_op
+            if not isinstance(weight, WeightOp):
+                raise UnreadableExpertError("a stack of expert weights is computed", where=f"{layer.name}")
+            index = row if position < sliced else None
+            given.append(_Given(weights.load(weight.source, index).to(dtype), weight, index))
+        shared = region.block.arguments[1 + sliced :]
+        return _Reader(layer.name, region.block, given, frozenset(shared), dtype).expert()
+    raise UnreadableExpertError(f"there is no stored expert {expert}", where=layer.name)
+
+
+@dataclass(frozen=True)
+class _Given:
+    tensor: torch.Tensor
+    op: WeightOp
+    row: int | None
+
+
+@dataclass(frozen=True)
+class _Projected:
+    """A value that is a projection of the rows `rows`."""
+
+    rows: Value
+    projection: Projection
+
+
+class _Reader:
+    def __init__(
+        self, name: str, block: Block, given: list[_Given], shared: frozenset[Value], dtype: torch.dtype
+    ) -> None:
+        self._name = name
+        self._block = block
+        self._given = given
+        self._dtype = dtype
+        self._rows = block.arguments[0]
+        self._weights: dict[Value, torch.Tensor] = {
+            argument: item.tensor for argument, item in zip(block.arguments[1:], given, strict=True)
+        }
+        self._shared = set(shared)
+        self._projected: dict[Value, _Projected] = {}
+
+    def expert(self) -> Expert:
+        for op in self._block:
+            if op is not self._block.last:
+                self._follow(op)
+        result = self._block.terminator.operands[0]
+        if result in self._weights:
+            value = self._weights[result].reshape(-1).clone()
+            return Constant(value, self._loaded([value]))
+        found = self._projected.get(result)
+        if found is None:
+            raise self._refusal("its result is no projection")
+        matrix = found.projection.matrix
+        if found.rows is self._rows:
+            bias = found.projection.bias
+            if not isinstance(matrix, LowRank) or matrix.base is not None or bias is None:
+                raise self._refusal("it is one linear map")
+            return Affine(matrix.left, matrix.right, bias, self._loaded([matrix.left, matrix.right, bias]))
+        activation, gate, up = self._activation(found.rows)
+        tensors = [tensor for item in (gate, up, found.projection) if item is not None for tensor in _tensors(item)]
+        return FeedForward(activation, gate, up, found.projection, self._loaded(tensors))
+
+    def _follow(self, op: Operation) -> None:
+        if isinstance(op, ConstantOp):
+            return
+        if op.operands and all(value in self._weights for value in op.operands):
+            results = self._compute(op, [self._weights[value] for value in op.operands])
+            self._weights.update(zip(op.results, results, strict=True))
+            self._shared.update(op.results if all(value in self._shared for value in op.operands) else ())
+        elif isinstance(op, AtenOp) and op.name in _PRODUCTS:
+            self._product(op)
+        elif isinstance(op, AtenOp) and op.name in _COLUMNS and op.operands[0] in self._projected:
+            self._columns(op)
+        elif isinstance(op, AtenOp) and op.name == "aten.add.Tensor":
+            self._sum(op)
+
+    def _product(self, op: AtenOp) -> None:
+        bias: Value | None = None
+        if op.name == "aten.linear.default":
+            left, right = op.tensor("input"), op.tensor("weight")
+            bias = next(iter(op.tensors("bias")), None)
+        elif op.name == "aten.addmm.default":
+            left, right, bias = op.tensor("mat1"), op.tensor("mat2"), op.tensor("self")
+            if op.argument("alpha") != 1 or op.argument("beta") != 1:
+                raise self._refusal("it scales an addmm")
+        else:
+            left, right = op.operands
+        if right not in self._weights or left in self._weights or (bias is not None and bias not in self._weights):
+            return
+        weight = self._weights[right] if op.name == "aten.linear.default" else self._weights[right].T
+        matrix: Dense | LowRank = Dense(weight)
+        rows = left
+        inner = self._projected.get(left)
+        if inner is not None and isinstance(inner.projection.matrix, Dense) and inner.projection.bias is None:
+            inner_weight = inner.projection.matrix.weight
+            right_shared = self._is_shared(inner_weight)
+            matrix = LowRank(weight, inner_weight, None, right in self._shared, right_shared)
+            rows = inner.rows
+        projection = Projection(matrix, None if bias is None else self._weights[bias].reshape(-1))
+        self._projected[op.results[0]] = _Projected(rows, projection)
+
+    def _is_shared(self, tensor: torch.Tensor) -> bool:
+        return any(self._weights[value] is tensor for value in self._shared)
+
+    def _columns(self, op: AtenOp) -> None:
+        """Some columns of a projection are the projection by some rows of its matrix."""
+        source = self._projected[op.operands[0]]
+        matrix, bias = source.projection.matrix, source.projection.bias
+        outer = matrix.weight if isinstance(matrix, Dense) else matrix.left
+        if isinstance(matrix, LowRank) and matrix.base is not None:
+            return
+        parts = self._compute(op, [outer.T])
+        biases = [None] * len(parts) if bias is None else [b[0] for b in self._compute(op, [bias[None]])]
+        for result, part, cut in zip(op.results, parts, biases, strict=True):
+            rows = part.T
+            chosen: Dense | LowRank = Dense(rows) if isinstance(matrix, Dense) else replace(matrix, left=rows)
+            self._projected[result] = _Projected(source.rows, Projection(chosen, cut))
+
+    def _sum(self, op: AtenOp) -> None:
+        """A shared base plus what one expert adds to it."""
+        if any(value not in self._projected for value in op.operands):
+            return
+        base, more = (self._projected[value] for value in op.operands)
+        if isinstance(base.projection.matrix, LowRank):
+            base, more = more, base
+        dense, factors = base.projection.matrix, more.projection.matrix
+        if (
+            not isinstance(dense, Dense)
+            or not isinstance(factors, LowRank)
+            or factors.base is not None
+            or base.rows is not more.rows
+            or base.projection.bias is not None
+            or op.argument("alpha") != 1
+        ):
+            return
+        matrix = replace(factors, base=dense.weight)
+        self._projected[op.results[0]] = _Projected(base.rows, Projection(matrix, more.projection.bias))
+
+    def _compute(self, op: Operation, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The kernel of the executor on other values than those of a run."""
+        frame = kernel_frame(self._dtype, {"tokens": 1})
+        frame.values.update(zip(op.operands, tensors, strict=True))
+        return list(prepare(op)(frame))
+
+    # -- activation --------------------
+
+    def _activation(self, hidden: Value) -> tuple[Activation, Projection | None, Projection]:
+        ops: dict[Operation, None] = {}
+        leaves: dict[Value, Projection] = {}
+        self._collect(hidden, ops, leaves)
+        if not 1 <= len(leaves) <= 2:
+            raise self._refusal(f"its activation combines {len(leaves)} projections")
+        width = _columns_of(hidden)
+        values = list(leaves)
+        if any(_columns_of(value) != width for value in values):
+            raise self._refusal("its activation changes the number of columns")
+        if len(values) == 2 and self._is_gate(values[1]) and not self._is_gate(values[0]):
+            values.reverse()
+        ordered = [op for op in self._block if op in ops]
+        activation = self._template(ordered, values, hidden, width)
+        gate = leaves[values[0]] if len(values) == 2 else None
+        return activation, gate, leaves[values[-1]]
+
+    def _collect(self, value: Value, ops: dict[Operation, None], leaves: dict[Value, Projection]) -> None:
+        found = self._projected.get(value)
+        if found is not None:
+            if found.rows is not self._rows:
+                raise self._refusal("it has more than two products in a row")
+            leaves[value] = found.projection
+            return
+        op = value.defining_op
+        if op is None or value in self._weights:
+            raise self._refusal("its activation reads rows or weights")
+        if op in ops:
+            return
+        if not isinstance(op, ConstantOp) and not isinstance(op, AtenOp):
+            raise self._refusal(f"its activation has {op.name}")
+        for operand in op.operands:
+            self._collect(operand, ops, leaves)
+        ops[op] = None
+
+    def _is_gate(self, leaf: Value) -> bool:
+        """Whether a value meets a nonlinear function before it meets another value."""
+        frontier = [leaf]
+        while frontier:
+            for user in frontier.pop().users:
+                if user.name in _NONLINEAR:
+                    return True
+                if sum(not _is_number(value) for value in user.operands) == 1:
+                    frontier.extend(user.results)
+        return False
+
+    def _template(self, ops: list[Operation], leaves: list[Value], hidden: Value, width: object) -> Activation:
+        dtype = _tensor(hidden).dtype
+        block = Block([TensorType((TOKENS, WIDTH), dtype)] * len(leaves))
+        mapping: dict[Value, Value] = dict(zip(leaves, block.arguments, strict=True))
+        names: dict[Value, int] = {leaf: number for number, leaf in enumerate(leaves)}
+        key: list[object] = []
+        for op in ops:
+            if any(isinstance(value, tuple | DimExpr) for name, value in op.attributes.items() if name != _LAYOUT):
+                raise self._refusal(f"{op.name} in its activation names sizes")
+            key.append(operation_key(op, names))
+            copy = op.clone(mapping)
+            for result in copy.results:
+                kind = _tensor(result)
+                if kind.shape == (TOKENS, width):
+                    result.type = TensorType((TOKENS, WIDTH), kind.dtype)
+                elif not isinstance(op, ConstantOp) or kind.rank:
+                    raise self._refusal(f"{op.name} in its activation is not elementwise")
+            block.append(copy)
+        block.append(YieldOp([mapping[hidden]], result_types=[]))
+        return Activation(len(leaves) == 2, (*key, names[hidden]), block)
+
+    # -- origin --------------------
+
+    def _loaded(self, tensors: list[torch.Tensor]) -> tuple[Loaded, ...]:
+        found = []
+        for tensor in tensors:
+            for item in self._given:
+                if tensor.untyped_storage().data_ptr() == item.tensor.untyped_storage().data_ptr():
+                    view = _view_of(tensor, item.tensor)
+                    if view is not None:
+                        stack = parse_expression(item.op.source)
+                        found.append(Loaded(tensor, tensor._version, stack, item.row, view))
+        return tuple(found)
+
+    def _refusal(self, reason: str) -> UnreadableExpertError:
+        return UnreadableExpertError(
+            f"the experts of this layer cannot be taken apart: {reason}",
+            where=self._name,
+            hint="passes change experts that are two projections with an elementwise function between them",
+        )
+
+
+_LAYOUT = "operand_layout"
+
+
+def _tensors(projection: Projection) -> list[torch.Tensor]:
+    matrix = projection.matrix
+    found = [matrix.weight] if isinstance(matrix, Dense) else [matrix.left, matrix.right]
+    if isinstance(matrix, LowRank) and matrix.base is not None:
+        found.append(matrix.base)
+    return found if projection.bias is None else [*found, projection.bias]
+
+
+def _tensor(value: Value) -> TensorType:
+    assert isinstance(value.type, TensorType)
+    return value.type
+
+
+def _columns_of(value: Value) -> object:
+    return _tensor(value).shape[-1]
+
+
+def _is_number(value: Value) -> bool:
+    return isinstance(value.defining_op, ConstantOp)
+
+
+def _view_of(tensor: torch.Tensor, base: torch.Tensor) -> View | None:
+    """`tensor` as a part of the contiguous `base`; None where it is none that a view can say."""
+    if tensor.dim() != base.dim() or not 1 <= base.dim() <= 2 or not base.is_contiguous() or not tensor.numel():
+        return None
+    offset = int(tensor.storage_offset() - base.storage_offset())
+    candidates = [False] if base.dim() == 1 else [False, True]
+    for transposed in candidates:
+        part = tensor.T if transposed else tensor
+        strides = base.stride()
+        starts, stops, steps, rest = [], [], [], offset
+        for size, own, stride in zip(part.shape, part.stride(), strides, strict=True):
+            start, rest = divmod(rest, int(stride))
+            step = max(int(own) // int(stride), 1)
+            starts.append(start)
+            stops.append(start + (size - 1) * step + 1)
+            steps.append(step)
+        view = View(tuple(starts), tuple(stops), tuple(steps), transposed)
+        seen = base[tuple(slice(*cut) for cut in zip(starts, stops, steps, strict=True))]
+        seen = seen.T if transposed else seen
+        if seen.shape == tensor.shape and seen.stride() == tensor.stride() and seen.data_ptr() == tensor.data_ptr():
+            return view
+    return None
