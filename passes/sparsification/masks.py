@@ -27,10 +27,6 @@ class BlockPattern:
     def __str__(self) -> str:
         return f"{self.kept}:{self.block}"
 
-    def fits(self, columns: int) -> bool:
-        """Whether rows of so many weights divide into blocks."""
-        return columns % self.block == 0
-
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """The `kept` best weights of each block, bool [out, in], of equal ones those with the lower column."""
         rows, columns = scores.shape
