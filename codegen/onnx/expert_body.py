@@ -9,12 +9,12 @@ import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, refuse, tensor_of
 from moec.codegen.onnx.expert_products import Product, Stacks, divided, find_products
-from moec.codegen.onnx.expert_slices import expert_of, transposed
 from moec.codegen.onnx.registry import emit_operation
 from moec.dialects.builtin import ConstantOp
 from moec.dialects.nn import LayerNormOp, RMSNormOp
 from moec.ir.operation import Block, Operation, Value
-from moec.weights.expression import Concat, Transpose
+from moec.weights.expression import Concat, Expression, Transpose
+from moec.weights.rows import row_of
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class BodyWalk:
 
     def _multiply(self, rows: ir.Value, index: int, weight: Stacks, bias: Stacks | None) -> ir.Value:
         weights = self.context.weights
-        matrix = expert_of(weight.expression, index, weights)
+        matrix = row_of(weight.expression, index, weights)
         # Gemm takes either layout, so the checkpoint's own is kept
         swapped = isinstance(matrix, Transpose)
-        stored = transposed(matrix) if swapped else matrix
+        stored = _transposed(matrix) if swapped else matrix
         value = self.context.weight(stored, f"{weight.name}.{index}")
         offset = None
         if bias is not None:
-            offset = self.context.weight(expert_of(bias.expression, index, weights), f"{bias.name}.{index}")
+            offset = self.context.weight(row_of(bias.expression, index, weights), f"{bias.name}.{index}")
         return self.b.op("Gemm", rows, value, offset, transB=0 if swapped else 1)
 
     # everything else
@@ -142,3 +142,10 @@ class BodyWalk:
 def _may_join(left: Product, right: Product) -> bool:
     """Whether two products have the same rows and can be one."""
     return left.rows is right.rows and (left.bias is None) == (right.bias is None)
+
+
+def _transposed(expression: Expression) -> Expression:
+    """A matrix transposed; twice is none."""
+    if isinstance(expression, Transpose) and {expression.first, expression.second} == {0, 1}:
+        return expression.operand
+    return Transpose(expression, 0, 1)

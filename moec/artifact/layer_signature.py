@@ -15,6 +15,8 @@ from moec.ir import Operation, Value
 from moec.reference.layers import Segment
 
 Signature = tuple[object, ...]
+# what an attribute of this name says changes no result
+_NOT_COMPUTED = frozenset({"protected"})
 WeightToken = Callable[[WeightOp], object]
 
 
@@ -137,7 +139,9 @@ def _signature(segment: Segment, outer: Callable[[Value], object], weight: Weigh
             regions.append((kinds, tuple(describe(inner) for inner in region.block)))
         for result in op.results:
             local[result] = len(local)
-        attributes = tuple(sorted((key, _typed(value)) for key, value in op.attributes.items()))
+        attributes = tuple(
+            sorted((key, _typed(value)) for key, value in op.attributes.items() if key not in _NOT_COMPUTED)
+        )
         kinds = tuple(result.type for result in op.results)
         return (op.name, operands, attributes, kinds, tuple(regions))
 

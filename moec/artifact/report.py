@@ -17,31 +17,38 @@ REPORT_HTML = "report.html"
 
 
 class ExpertClassFacts(Record):
-    """The experts of one layer that have the same body: their numbers, inner width and bytes of each."""
+    """The experts of one layer that have the same body, by stored id; `shared_bytes` is what all of them read."""
 
     experts: tuple[int, ...]
     width: int = Field(ge=0)
     body: str
     bytes_per_expert: int = Field(ge=0)
+    shared_bytes: int = Field(default=0, ge=0)
 
 
 class LayerFacts(Record):
-    """One layer. `classes` is empty for a dense one; `attention_bytes` is the rest that is neither experts nor FFN."""
+    """One layer. `classes` is empty for a dense one; `other_bytes` is what is neither experts nor feed-forward block.
+
+    `stored` names for each router output its stored expert, -1 for none. What an earlier layer holds already is not in
+    the bytes.
+    """
 
     name: str
     kind: str
-    router_outputs: int = Field(ge=0)
-    top_k: int = Field(ge=0)
-    routing: str
-    classes: tuple[ExpertClassFacts, ...]
-    feed_forward_bytes: int = Field(ge=0)
-    other_bytes: int = Field(ge=0)
+    router_outputs: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0)
+    routing: str = ""
+    classes: tuple[ExpertClassFacts, ...] = ()
+    stored: tuple[int, ...] = ()
+    protected: tuple[int, ...] = ()
+    expert_bytes: int = Field(default=0, ge=0)
+    feed_forward_bytes: int = Field(default=0, ge=0)
+    other_bytes: int = Field(default=0, ge=0)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all weights of the layer."""
-        experts = sum(len(group.experts) * group.bytes_per_expert for group in self.classes)
-        return experts + self.feed_forward_bytes + self.other_bytes
+        return self.expert_bytes + self.feed_forward_bytes + self.other_bytes
 
 
 class LoweringFacts(Record):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moec.artifact.ledger import ModelSize
 from moec.artifact.report import ExpertClassFacts, LayerFacts
+from moec.artifact.weight_uses import WeightUse, slots_per_token, weight_uses, without_cast
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertsOp, GroupScore, Normalize, RouteOp, Routing, Select
 from moec.dialects.nn import MLPOp
 from moec.ir import Region, TensorType, Value
+from moec.weights.expression_parser import parse_expression
 
 if TYPE_CHECKING:
     from moec.module import Module
@@ -23,45 +25,38 @@ _GATED = {"SiLU": "SwiGLU", "GELU": "GeGLU", "ReLU": "ReGLU"}
 _PRODUCTS = ("aten.linear.", "aten.mm.", "aten.matmul.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.")
 
 
-@dataclass(frozen=True)
-class _Use:
-    """One weight operation: its elements, its bytes as stored, and the share of it that one token uses."""
-
-    op: WeightOp
-    elements: int
-    bytes: int
-    share: float
-    multiplied: bool
-
-
 def model_size(module: Module) -> ModelSize:
     """Parameters, bytes, active FLOPs per token and number of operations of a module; every weight counts once."""
-    uses = list(_weight_uses(module))
+    uses = weight_uses(module)
     return ModelSize(
         parameters=sum(use.elements for use in uses),
         bytes=sum(use.bytes for use in uses),
-        active_flops=round(sum(2 * use.elements * use.share for use in uses if use.multiplied)),
+        active_flops=round(sum(2 * use.elements * use.products for use in uses)),
         operations=sum(1 for _ in module.op.walk()),
     )
 
 
 def active_parameters(module: Module) -> int:
     """Parameters that one token uses, an embedding table counted whole."""
-    return round(sum(use.elements * use.share for use in _weight_uses(module)))
+    return round(sum(use.elements * use.read for use in weight_uses(module)))
 
 
 def layer_facts(module: Module) -> tuple[LayerFacts, ...]:
-    """The layers in the order of their first weight; what belongs to no layer comes last as `embedding and head`."""
-    names: dict[str, list[_Use]] = {}
-    for use in _weight_uses(module):
+    """The layers in the order of their first weight; what belongs to no layer comes last as `embedding and head`.
+
+    A weight that several layers share counts in the first.
+    """
+    names: dict[str, list[WeightUse]] = {}
+    for use in weight_uses(module):
         names.setdefault(layer_of(use.op.weight_name), []).append(use)
     experts = {layer_of_experts(op): op for op in module.op.walk() if isinstance(op, ExpertsOp)}
     blocks = [op for op in module.op.walk() if isinstance(op, MLPOp)]
     dense = {id(weight) for op in blocks for weight in _weight_ops(op.weights)}
-    facts = [_one_layer(module, name, uses, experts.get(name), dense) for name, uses in names.items() if name]
+    layers = list(dict.fromkeys([*names, *experts]))
+    facts = [_one_layer(module, name, names.get(name, []), experts.get(name), dense) for name in layers if name]
     if "" in names:
         rest = sum(use.bytes for use in names[""])
-        facts.append(_facts("embedding and head", "other", None, "", (), 0, rest))
+        facts.append(LayerFacts(name="embedding and head", kind="other", other_bytes=rest))
     return tuple(facts)
 
 
@@ -93,54 +88,40 @@ def describe_routing(routing: Routing) -> str:
 
 
 def _one_layer(
-    module: Module, name: str, uses: Sequence[_Use], experts: ExpertsOp | None, dense: set[int]
+    module: Module, name: str, uses: Sequence[WeightUse], experts: ExpertsOp | None, dense: set[int]
 ) -> LayerFacts:
+    total = sum(use.bytes for use in uses)
     feed_forward = sum(use.bytes for use in uses if id(use.op) in dense)
-    rest = sum(use.bytes for use in uses if id(use.op) not in dense)
     if experts is None:
-        return _facts(name, "dense", None, "", (), feed_forward, rest)
-    groups = []
-    for group, stacks, region in experts.class_operands():
-        size = sum(weight_bytes(module, weight) for weight in _weight_ops(stacks))
-        rest -= size
-        groups.append(
-            ExpertClassFacts(
-                experts=group.experts,
-                width=inner_width(region),
-                body=describe_body(region),
-                bytes_per_expert=size // len(group.experts),
-            )
-        )
+        return LayerFacts(name=name, kind="dense", feed_forward_bytes=feed_forward, other_bytes=total - feed_forward)
+    routed = {id(weight) for weight in _weight_ops(experts.weights)}
+    expert_bytes = sum(use.bytes for use in uses if id(use.op) in routed)
     route = experts.ids.defining_op
-    routing = describe_routing(route.routing) if isinstance(route, RouteOp) else ""
-    return _facts(name, "moe", experts, routing, tuple(groups), feed_forward, max(rest, 0))
-
-
-def _facts(
-    name: str,
-    kind: str,
-    experts: ExpertsOp | None,
-    routing: str,
-    classes: tuple[ExpertClassFacts, ...],
-    feed_forward: int,
-    rest: int,
-) -> LayerFacts:
     return LayerFacts(
         name=name,
-        kind=kind,
-        router_outputs=len(experts.stored) if experts else 0,
-        top_k=slots_per_token(experts) if experts else 0,
-        routing=routing,
-        classes=classes,
+        kind="moe",
+        router_outputs=len(experts.stored),
+        top_k=slots_per_token(experts),
+        routing=describe_routing(route.routing) if isinstance(route, RouteOp) else "",
+        classes=tuple(_class_facts(module, experts)),
+        stored=experts.stored,
+        protected=experts.protected,
+        expert_bytes=expert_bytes,
         feed_forward_bytes=feed_forward,
-        other_bytes=rest,
+        other_bytes=total - feed_forward - expert_bytes,
     )
 
 
-def slots_per_token(experts: ExpertsOp) -> int:
-    """The static number of slots per token: the most experts that a token can have."""
-    slots = _shape(experts.ids)[1]
-    return slots if isinstance(slots, int) else len(experts.stored)
+def _class_facts(module: Module, experts: ExpertsOp) -> Iterator[ExpertClassFacts]:
+    for group, weights, region in experts.class_operands():
+        own = sum(weight_bytes(module, weight) for weight in _weight_ops(weights[: group.stacks]))
+        yield ExpertClassFacts(
+            experts=group.experts,
+            width=inner_width(region),
+            body=describe_body(region),
+            bytes_per_expert=own // len(group.experts),
+            shared_bytes=sum(weight_bytes(module, weight) for weight in _weight_ops(weights[group.stacks :])),
+        )
 
 
 def describe_body(region: Region) -> str:
@@ -165,42 +146,12 @@ def inner_width(region: Region) -> int:
 
 def weight_bytes(module: Module, weight: WeightOp) -> int:
     """Bytes of a weight in the element type that it is stored in; the IR computes in float32 through a cast."""
-    from moec.weights.expression import Cast
-    from moec.weights.expression_parser import parse_expression
-
-    expression = parse_expression(weight.source)
-    while isinstance(expression, Cast):
-        expression = expression.operand
-    _, dtype = module.weights.shape_dtype(expression)
-    return _elements(weight) * dtype.itemsize
-
-
-def _weight_uses(module: Module) -> Iterator[_Use]:
-    """Every distinct weight once. A weight that several operations name counts with its first name."""
-    by_source: dict[str, list[WeightOp]] = {}
-    for op in module.op.walk():
-        if isinstance(op, WeightOp):
-            by_source.setdefault(op.source, []).append(op)
-    for ops in by_source.values():
-        users = [user for op in ops for user in op.value.users]
-        experts = [user for user in users if isinstance(user, ExpertsOp)]
-        share = max(slots_per_token(user) / max(len(user.stored), 1) for user in experts) if experts else 1.0
-        rank = len(_shape(ops[0].value))
-        tables_only = bool(users) and all(user.name.startswith("aten.embedding.") for user in users)
-        yield _Use(
-            ops[0], _elements(ops[0]), weight_bytes(module, ops[0]), min(share, 1.0), rank >= 2 and not tables_only
-        )
+    shape, dtype = module.weights.shape_dtype(without_cast(parse_expression(weight.source)))
+    return math.prod(shape) * dtype.itemsize
 
 
 def _weight_ops(values: Sequence[Value]) -> list[WeightOp]:
     return [value.defining_op for value in values if isinstance(value.defining_op, WeightOp)]
-
-
-def _elements(weight: WeightOp) -> int:
-    count = 1
-    for size in _shape(weight.value):
-        count *= size if isinstance(size, int) else 1
-    return count
 
 
 def _shape(value: Value) -> tuple[object, ...]:

@@ -20,6 +20,8 @@ def sample_report() -> Report:
             top_k=2 if classes else 0,
             routing="softmax, top-2, renormalised" if classes else "",
             classes=classes,
+            stored=tuple(range(sum(len(group.experts) for group in classes))),
+            expert_bytes=sum(len(group.experts) * group.bytes_per_expert for group in classes),
             feed_forward_bytes=feed_forward,
             other_bytes=200704,
         )

@@ -110,6 +110,12 @@ def test_nothing_changed(raised: Module) -> None:
     assert measured(raised, raised, Check.NONE) == []
 
 
+def test_protecting_experts_changes_no_layer(raised: Module) -> None:
+    after = copy_of(raised)
+    expert_layer(after, 1)[1].protected = (0, 3)
+    assert measured(raised, after) == []
+
+
 @pytest.mark.parametrize("scale", [1.001, 1 + 1e-7])
 def test_scaled_expert_that_nobody_chooses_is_caught(raised: Module, scale: float) -> None:
     """The natural tokens see nothing, the tokens that are sent to every expert do, in the right place only."""

@@ -1,0 +1,141 @@
+"""Which weights a module holds, each counted once, and how much of them one token uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moec.dialects.builtin import WeightOp
+from moec.dialects.moe import ExpertClass, ExpertsOp
+from moec.ir import Operation, Region, TensorType, Value
+from moec.weights.expression import Cast, Expression
+from moec.weights.expression_parser import parse_expression
+from moec.weights.rows import row_of
+
+if TYPE_CHECKING:
+    from moec.module import Module
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One distinct weight; of a stack of experts, that of one expert.
+
+    `op` is the first operation that names it, `expression` what it is, without casts. `elements` and `bytes` are those
+    of the weight as it is stored. One token reads the share `read` of it on average, if the router prefers no expert,
+    and multiplies it `products` times (0 for what is only added, scaled or looked up).
+    """
+
+    op: WeightOp
+    expression: str
+    shape: tuple[int, ...]
+    elements: int
+    bytes: int
+    read: float
+    products: float
+
+
+def weight_uses(module: Module) -> tuple[WeightUse, ...]:
+    """Every distinct weight of a module, in the order of first mention.
+
+    Experts that several layers, router outputs or stacks name are one weight, as they are in an artifact.
+    """
+    found: dict[str, WeightUse] = {}
+    for op in module.op.walk():
+        if isinstance(op, WeightOp):
+            for use in _uses_of(module, op):
+                known = found.get(use.expression)
+                found[use.expression] = use if known is None else _together(known, use)
+    return tuple(found.values())
+
+
+def without_cast(expression: Expression) -> Expression:
+    """What is stored; the IR computes in float32 through a cast."""
+    while isinstance(expression, Cast):
+        expression = expression.operand
+    return expression
+
+
+def _together(known: WeightUse, again: WeightUse) -> WeightUse:
+    read, products = min(known.read + again.read, 1.0), known.products + again.products
+    return WeightUse(known.op, known.expression, known.shape, known.elements, known.bytes, read, products)
+
+
+def _uses_of(module: Module, op: WeightOp) -> Iterator[WeightUse]:
+    whole = without_cast(parse_expression(op.source))
+    itemsize = module.weights.shape_dtype(whole)[1].itemsize
+    shape = _shape(op.value)
+    elements = math.prod(shape)
+    stacked: ExpertsOp | None = None
+    read = products = 0.0
+    for user in dict.fromkeys(op.value.users):
+        if not isinstance(user, ExpertsOp):
+            read = 1.0
+            products += len(shape) >= 2 and not user.name.startswith("aten.embedding.")
+            continue
+        for group, weights, region in user.class_operands():
+            if op.value in weights[: group.stacks]:
+                stacked = user
+            shared = region.block.arguments[1 + group.stacks :]
+            for value, argument in zip(weights[group.stacks :], shared, strict=True):
+                if value is op.value:
+                    slots = sum(_slots(user, expert) for expert in group.experts)
+                    read = max(read, min(slots, 1.0))
+                    if len(shape) >= 2:
+                        products += min(slots, 1.0) if _reads_tokens_only(region, argument) else slots
+    if stacked is None:
+        yield WeightUse(op, str(whole), shape, elements, elements * itemsize, read, products)
+        return
+    count = shape[0]
+    for row, slots in enumerate(_slots_by_row(op)):
+        expression = str(without_cast(row_of(whole, row, module.weights)))
+        multiplied = slots if len(shape) >= 3 else 0.0
+        each = elements // count
+        yield WeightUse(op, expression, shape[1:], each, each * itemsize, min(slots, 1.0), multiplied)
+
+
+def _slots_by_row(op: WeightOp) -> list[float]:
+    """For each row of a stack, how many slots of a token it serves on average, over all layers that read it."""
+    rows = [0.0] * _shape(op.value)[0]
+    for user in dict.fromkeys(op.value.users):
+        if isinstance(user, ExpertsOp):
+            for group in _classes_that_stack(user, op.value):
+                for row, expert in enumerate(group.experts):
+                    rows[row] += _slots(user, expert)
+    return rows
+
+
+def _classes_that_stack(experts: ExpertsOp, value: Value) -> Iterator[ExpertClass]:
+    for group, weights, _ in experts.class_operands():
+        if value in weights[: group.stacks]:
+            yield group
+
+
+def _slots(experts: ExpertsOp, expert: int) -> float:
+    """The share of tokens that come to a stored expert, if the router prefers none of its outputs."""
+    outputs = len(experts.stored)
+    return slots_per_token(experts) * experts.stored.count(expert) / outputs if outputs else 0.0
+
+
+def slots_per_token(experts: ExpertsOp) -> int:
+    """The static number of slots per token: the most experts that a token can have."""
+    kind = experts.ids.type
+    slots = kind.shape[1] if isinstance(kind, TensorType) else None
+    return slots if isinstance(slots, int) else len(experts.stored)
+
+
+def _reads_tokens_only(region: Region, weight: Value) -> bool:
+    """Whether a weight multiplies the tokens themselves, so that once per token is enough for all experts."""
+    rows = region.block.arguments[0]
+    return all(rows in user.operands and _is_product(user) for user in weight.users)
+
+
+def _is_product(op: Operation) -> bool:
+    return op.name in ("aten.linear.default", "aten.mm.default", "aten.matmul.default")
+
+
+def _shape(value: Value) -> tuple[int, ...]:
+    kind = value.type
+    assert isinstance(kind, TensorType)
+    return kind.static_shape
