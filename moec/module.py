@@ -12,6 +12,7 @@ from moec.ir import print_operation
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from moec.calibration.calibration import Calibration
     from moec.weights.context import WeightContext
 
 
@@ -36,11 +37,15 @@ class SourceFacts:
 
 @dataclass
 class Module:
-    """`op` is the IR (passes change it in place), `weights` loads what its weight expressions name."""
+    """`op` is the IR (passes change it in place), `weights` loads what its weight expressions name.
+
+    `calibration` is what the pass `calibrate` found, None before it.
+    """
 
     op: ModuleOp
     weights: WeightContext
     source: SourceFacts
+    calibration: Calibration | None = None
 
     @property
     def main(self) -> FuncOp:

@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
-from moec.errors import MoecError
+from moec.errors import MoecError, UsageError
 from moec.ir.location import Location
 from moec.ir.operation import Operation
 from moec.rewrite.greedy import RewriteResult, apply_patterns
 from moec.rewrite.pattern import Refusal, RewritePattern
 
 if TYPE_CHECKING:
+    from moec.calibration.calibration import Calibration
     from moec.module import Module
     from moec.weights.context import WeightContext
 
@@ -121,6 +122,14 @@ class PassContext:
                 hint="name the model with --source, or run the pass through `moec compile`",
             )
         return self.weights
+
+    def require_calibration(self) -> Calibration:
+        """What `calibrate` found; raises UsageError where it did not run."""
+        if self.module is None or self.module.calibration is None:
+            raise UsageError(
+                "this pass needs statistics, but the model was not calibrated", hint="put calibrate in front of it"
+            )
+        return self.module.calibration
 
 
 @dataclass(frozen=True)

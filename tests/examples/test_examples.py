@@ -12,12 +12,13 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = EXAMPLES / "data"
+TEXTS = Path(__file__).parents[2] / "moec" / "calibration" / "texts"
 
 
 def test_training_script_makes_a_model_that_moec_compiles(tmp_path: Path) -> None:
     model = tmp_path / "model"
     command = [sys.executable, str(EXAMPLES / "train_tiny_moe.py"), "--steps", "2", "--vocabulary", "300"]
-    command += ["--text", str(DATA / "kjv.calibration.txt"), "--heldout", str(DATA / "shakespeare.heldout.txt")]
+    command += ["--text", str(TEXTS / "kjv.calibration.txt"), "--heldout", str(DATA / "shakespeare.heldout.txt")]
     done = subprocess.run([*command, "-o", str(model)], capture_output=True, text=True, check=True)
     found = re.search(r"4096 tokens seen; held-out loss (\d\.\d+) nats per token", done.stdout)
     assert found is not None, done.stdout
