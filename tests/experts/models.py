@@ -1,0 +1,46 @@
+"""Tiny checkpoints with experts, loaded and raised, whose layers tests edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from moec.artifact.options import RAISING_PIPELINE
+from moec.artifact.tokens import function_inputs, token_batch
+from moec.dialects.builtin import ModuleOp
+from moec.frontend.huggingface import load_huggingface
+from moec.ir import verify
+from moec.module import Module
+from moec.pipeline.manager import PassManager, Pipeline
+from moec.reference.executor import Executor
+from moec.weights.store import WeightStore
+from tests.frontend.tiny_models import save_tiny_checkpoint
+
+
+def raised_model(model_type: str, folder: Path, **overrides: object) -> Module:
+    """A tiny random checkpoint of `model_type` as a raised module, with a store in `folder`."""
+    module = load_huggingface(save_tiny_checkpoint(model_type, folder, **overrides), WeightStore(folder / "store"))
+    PassManager(Pipeline.parse(RAISING_PIPELINE)).run(module.op, weights=module.weights, module=module)
+    return module
+
+
+def copy_of(module: Module) -> Module:
+    """The same model, whose IR may be changed."""
+    clone = module.op.clone()
+    assert isinstance(clone, ModuleOp)
+    return Module(clone, module.weights, module.source)
+
+
+def output(module: Module, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """The logits for 2 x 24 fixed tokens, one row padded; verifies the IR first."""
+    verify(module.op)
+    batch = token_batch(module, rows=2, length=24)
+    with torch.no_grad():
+        results = Executor(module.op, module.weights, dtype=dtype).run(function_inputs(module.main, batch))
+    return next(iter(results.values()))
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference relative to the largest value of `one`."""
+    return float((one - other).abs().max() / one.abs().max())
