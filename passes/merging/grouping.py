@@ -19,7 +19,7 @@ def cosine(gram: Matrix) -> Matrix:
     """Cosines [E, E] from inner products [E, E]; 0 with a vector of zeros, 1 on the diagonal."""
     norms = np.sqrt(np.clip(np.diagonal(gram), 0, None))
     scale = np.where(norms > 0, norms, 1.0)
-    result = np.clip(gram / np.outer(scale, scale), -1.0, 1.0)
+    result: Matrix = np.clip(gram / np.outer(scale, scale), -1.0, 1.0)
     np.fill_diagonal(result, 1.0)
     return result
 

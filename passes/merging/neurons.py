@@ -33,23 +33,20 @@ class NeuronTable:
         """The table of an expert with dense matrices.
 
         Raises:
-            UnmergeableExpertError: it has none, or weights that are not finite.
+            UnmergeableExpertError: it has none.
         """
         if not isinstance(expert, FeedForward):
             raise UnmergeableExpertError(f"it is {type(expert).__name__.lower()}, not a feed-forward expert")
         projections = [expert.up, expert.down] if expert.gate is None else [expert.gate, expert.up, expert.down]
         if not all(isinstance(projection.matrix, Dense) for projection in projections):
             raise UnmergeableExpertError("its matrices are factored")
-        table = NeuronTable(
+        return NeuronTable(
             expert.activation,
             None if expert.gate is None else _with_bias(expert.gate),
             _with_bias(expert.up),
             expert.down.dense().T,
             expert.down.bias,
         )
-        if not all(bool(torch.isfinite(part).all()) for part in table.tensors):
-            raise UnmergeableExpertError("it has weights that are not finite")
-        return table
 
     @property
     def width(self) -> int:
@@ -61,6 +58,11 @@ class NeuronTable:
         """All parts that there are."""
         parts = [self.gate, self.up, self.down, self.output_bias]
         return [part for part in parts if part is not None]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all weights are finite numbers."""
+        return all(bool(torch.isfinite(part).all()) for part in self.tensors)
 
     @property
     def kind(self) -> tuple[object, ...]:

@@ -138,7 +138,8 @@ def _first_centres(union: NeuronTable, width: int, start: ClusterStart, generato
     if start is ClusterStart.RANDOM:
         return torch.randperm(union.width, generator=generator)[:width]
     rows = union.up if union.gate is None else union.gate
-    return rows.double().norm(dim=1).argsort(descending=True, stable=True)[:width]
+    order: torch.Tensor = rows.double().norm(dim=1).argsort(descending=True, stable=True)
+    return order[:width]
 
 
 def spherical_k_means(

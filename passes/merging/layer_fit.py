@@ -1,0 +1,202 @@
+"""Least-squares fit of the last products of a layer's experts to what the original layer made of the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from moec.calibration.sample import LayerSample
+from moec.experts import Dense, Expert, FeedForward, LowRank, MoeLayer, load_expert
+from moec.passes.merging.least_squares import held_out_rows, mean_square, ridge_change
+from moec.weights.context import WeightContext
+
+EXACT = 1e-10
+"""A layer whose error is below this share of its output is as good as it was."""
+
+
+class FitScope(Enum):
+    """Whether all experts of a layer are fitted at once, or one after the other, or what memory allows."""
+
+    AUTO = "auto"
+    JOINT = "joint"
+    EXPERT = "expert"
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """`ridge` weighs the change against the error; `hold_out` is the share of rows that the fit is checked on;
+    `tokens_per_row`: rows of the sample needed for each row of unknowns; `sweeps` over the experts of a layer."""
+
+    scope: FitScope
+    ridge: float
+    hold_out: float
+    tokens_per_row: float
+    sweeps: int
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """`experts` with their new last products, empty where the fit is not to be used, and then `problem` says why.
+
+    `before` and `after`: squared error of the layer as a share of its squared output, on the rows that the fit did not
+    see; `exact` that there was nothing to fit.
+    """
+
+    experts: Mapping[int, Expert]
+    before: float = 0.0
+    after: float = 0.0
+    problem: str = ""
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One expert on the rows that chose it: `rows` int64 [n], what its last product reads times gates [n, u]."""
+
+    number: int
+    expert: FeedForward
+    rows: torch.Tensor
+    features: torch.Tensor
+
+    @property
+    def unknowns(self) -> int:
+        """u, the rows of unknowns."""
+        return self.features.shape[1]
+
+    def changed(self, change: torch.Tensor) -> FeedForward:
+        """The expert with `change` [u, H] added to its last product."""
+        down = self.expert.down
+        matrix: Dense | LowRank
+        if isinstance(down.matrix, Dense):
+            matrix = Dense((down.matrix.weight.double() + change.T).float())
+        else:
+            assert isinstance(down.matrix, LowRank)
+            matrix = replace(down.matrix, left=(down.matrix.left.double() + change.T).float())
+        return replace(self.expert, down=replace(down, matrix=matrix))
+
+
+JOINT_UNKNOWNS = 6144
+"""Rows of unknowns up to which `auto` solves for all experts at once: a third of a GB for the normal equations."""
+
+JOINT_ELEMENTS = 1 << 28
+"""Rows of the sample times rows of unknowns up to which `auto` does: 2 GB."""
+
+
+def fit_layer(
+    layer: MoeLayer, sample: LayerSample, weights: WeightContext, settings: FitSettings, generator: torch.Generator
+) -> LayerFit:
+    """Fits the last products of all experts that may change, towards what they are.
+
+    The wanted output is `sample.y`, that of the original model; experts without such a product and protected ones
+    count with what they give. A fit on the rows that are not held out must lower the error of those that are; then
+    all rows are fitted. Raises as `load_expert`.
+    """
+    parts, residual = _parts(layer, sample, weights)
+    if not len(sample) or not parts:
+        return LayerFit({}, problem="no expert of it can be fitted")
+    if mean_square(residual) <= EXACT * mean_square(sample.y):
+        return LayerFit({}, exact=True)
+    held = held_out_rows(sample.sequence, settings.hold_out, generator)
+    joint = _is_joint(parts, len(sample), settings.scope)
+    kept = ~held
+    if joint:
+        unknowns = sum(part.unknowns for part in parts)
+        problem = _shortage(int(kept.sum()), unknowns, settings)
+    else:
+        enough = [part for part in parts if not _shortage(int(kept[part.rows].sum()), part.unknowns, settings)]
+        least = min(parts, key=lambda part: part.unknowns)
+        problem = "" if enough else _shortage(int(kept[least.rows].sum()), least.unknowns, settings)
+        parts = enough
+    if problem:
+        return LayerFit({}, problem=problem)
+    solve = _solve_joint if joint else _solve_each
+    trial = solve(parts, residual, kept, settings)
+    energy = mean_square(sample.y[held])
+    before = mean_square(residual[held]) / energy
+    after = mean_square(_remainder(parts, residual, trial)[held]) / energy
+    if not after < before:
+        return LayerFit({}, before, after, f"the error on held-out tokens would go from {before:.4g} to {after:.4g}")
+    changes = solve(parts, residual, torch.ones_like(kept), settings)
+    experts = {part.number: part.changed(change) for part, change in zip(parts, changes, strict=True)}
+    return LayerFit(experts, before, after)
+
+
+def _parts(layer: MoeLayer, sample: LayerSample, weights: WeightContext) -> tuple[list[_Part], torch.Tensor]:
+    """What can be fitted, and what the layer as it is leaves of the wanted output, float64 [R, H]."""
+    residual = sample.y.double().clone()
+    parts = []
+    for number in range(layer.expert_count):
+        rows, gates = sample.chosen(layer, number)
+        if not len(rows):
+            continue
+        expert = load_expert(layer, weights, number)
+        x = sample.x[rows].float()
+        if not isinstance(expert, FeedForward):
+            residual.index_add_(0, rows, -gates[:, None] * expert.apply(x).double())
+            continue
+        hidden = expert.hidden_activations(x)
+        residual.index_add_(0, rows, -gates[:, None] * expert.down.apply(hidden).double())
+        features = None if number in layer.protected else _features(expert, hidden)
+        if features is not None:
+            parts.append(_Part(number, expert, rows, gates[:, None] * features.double()))
+    return parts, residual
+
+
+def _features(expert: FeedForward, hidden: torch.Tensor) -> torch.Tensor | None:
+    """What the part of the last product reads that can be fitted [n, u]; None where there is none."""
+    matrix = expert.down.matrix
+    if isinstance(matrix, Dense):
+        return hidden
+    return hidden @ matrix.right.T if isinstance(matrix, LowRank) and not matrix.left_is_shared else None
+
+
+def _is_joint(parts: Sequence[_Part], rows: int, scope: FitScope) -> bool:
+    if scope is not FitScope.AUTO:
+        return scope is FitScope.JOINT
+    unknowns = sum(part.unknowns for part in parts)
+    return unknowns <= JOINT_UNKNOWNS and unknowns * rows <= JOINT_ELEMENTS
+
+
+def _shortage(rows: int, unknowns: int, settings: FitSettings) -> str:
+    if rows >= settings.tokens_per_row * unknowns:
+        return ""
+    return (
+        f"{rows} tokens are too few for {unknowns} neurons: at least "
+        f"{int(settings.tokens_per_row * unknowns)} are needed, besides those held out"
+    )
+
+
+def _solve_joint(
+    parts: Sequence[_Part], residual: torch.Tensor, use: torch.Tensor, settings: FitSettings
+) -> list[torch.Tensor]:
+    sizes = [part.unknowns for part in parts]
+    features = torch.zeros(len(residual), sum(sizes), dtype=torch.float64)
+    for part, columns in zip(parts, torch.split(features, sizes, dim=1), strict=True):
+        columns[part.rows] = part.features
+    return list(torch.split(ridge_change(features[use], residual[use], settings.ridge), sizes))
+
+
+def _solve_each(
+    parts: Sequence[_Part], residual: torch.Tensor, use: torch.Tensor, settings: FitSettings
+) -> list[torch.Tensor]:
+    """One expert after the other takes what the others leave; each sweep lowers the error further."""
+    left = residual.clone()
+    changes = [torch.zeros(part.unknowns, residual.shape[1], dtype=torch.float64) for part in parts]
+    for _ in range(settings.sweeps):
+        for part, change in zip(parts, changes, strict=True):
+            wanted = left[part.rows] + part.features @ change
+            inside = use[part.rows]
+            new = ridge_change(part.features[inside], wanted[inside], settings.ridge)
+            left.index_add_(0, part.rows, part.features @ (change - new))
+            change.copy_(new)
+    return changes
+
+
+def _remainder(parts: Sequence[_Part], residual: torch.Tensor, changes: Sequence[torch.Tensor]) -> torch.Tensor:
+    left = residual.clone()
+    for part, change in zip(parts, changes, strict=True):
+        left.index_add_(0, part.rows, -(part.features @ change))
+    return left
