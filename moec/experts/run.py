@@ -13,11 +13,25 @@ from moec.reference import aten_kernel, experts, nn_kernels, route
 from moec.reference.element_types import ElementTypes
 from moec.reference.frame import ExpertsLowering, Frame, RunSettings
 from moec.reference.kernels import prepare
+from moec.reference.route import RouteInputs, route_inputs
 from moec.reference.weight_loader import WeightLoader
 from moec.weights.context import WeightContext
 
 # imported for the kernels that they register
 _KERNEL_MODULES = (aten_kernel, experts, nn_kernels, route)
+
+
+def route_inputs_of(
+    layer: MoeLayer, weights: WeightContext, router_input: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> RouteInputs:
+    """What the route of the layer reads for the rows `router_input` [n, H], to route them under other conditions."""
+    frame = _frame(layer, weights, None, router_input, dtype)
+    with torch.no_grad():
+        for op in _between(layer):
+            if op is layer.route:
+                return route_inputs(layer.route, frame)
+            frame.values.update(zip(op.results, prepare(op)(frame), strict=True))
+    raise AssertionError("the route lies between the rows and the experts")
 
 
 @dataclass(frozen=True)
@@ -45,15 +59,7 @@ def run_layer(
 
     Raises as the reference executor does.
     """
-    types = ElementTypes(dtype)
-    settings = RunSettings(types, WeightLoader(weights, types), ExpertsLowering.GROUPED)
-    frame = Frame(settings, _symbols(layer, len(x)), {})
-    routed = layer.router.tensor("input")
-    assert isinstance(routed.type, TensorType)
-    # some routers read [batch, seq, H]
-    frame.values[routed] = router_input.to(dtype).reshape([frame.size(size) for size in routed.type.shape])
-    if layer.experts.x is not routed:
-        frame.values[layer.experts.x] = x.to(dtype)
+    frame = _frame(layer, weights, x, router_input, dtype)
     steps = _between(layer)
     with torch.no_grad():
         for op in steps if with_experts else steps[:-1]:
@@ -63,6 +69,21 @@ def run_layer(
     stored = torch.where(gates != 0, stored, -1)
     y = frame.tensor(layer.experts.y) if with_experts else None
     return LayerRun(ids, gates, stored, frame.tensor(layer.route.logits), y)
+
+
+def _frame(
+    layer: MoeLayer, weights: WeightContext, x: torch.Tensor | None, router_input: torch.Tensor, dtype: torch.dtype
+) -> Frame:
+    types = ElementTypes(dtype)
+    settings = RunSettings(types, WeightLoader(weights, types), ExpertsLowering.GROUPED)
+    frame = Frame(settings, _symbols(layer, len(router_input)), {})
+    routed = layer.router.tensor("input")
+    assert isinstance(routed.type, TensorType)
+    # some routers read [batch, seq, H]
+    frame.values[routed] = router_input.to(dtype).reshape([frame.size(size) for size in routed.type.shape])
+    if x is not None and layer.experts.x is not routed:
+        frame.values[layer.experts.x] = x.to(dtype)
+    return frame
 
 
 def _between(layer: MoeLayer) -> list[Operation]:
