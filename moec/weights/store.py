@@ -25,7 +25,14 @@ from moec.errors import MoecError, ResourceError, UsageError, VerificationError
 from moec.weights.checkpoint import row_regions
 from moec.weights.expression import Stored
 from moec.weights.json_file import read_json_object
-from moec.weights.safetensors_file import MappedFiles, Region, SafetensorsHeader, TensorLocation, read_header
+from moec.weights.safetensors_file import (
+    MappedFiles,
+    Region,
+    SafetensorsHeader,
+    TensorLocation,
+    file_identity,
+    read_header,
+)
 from moec.weights.tensor_spec import DTYPE_TO_SAFETENSORS, TensorSpec, begin_content_digest, tensor_bytes
 
 _TENSOR = "tensor"
@@ -141,9 +148,10 @@ class WeightStore:
 
     def _verify(self, stored: Stored) -> SafetensorsHeader:
         known = self._verified.get(stored.digest)
-        if known is not None:
-            return known
         path = self._object_path(stored)
+        # another process, or another store on this folder, may have written the same tensor again
+        if known is not None and path.is_file() and file_identity(path.stat()) == known.identity:
+            return known
         if not path.is_file():
             raise UsageError(
                 f"the stored tensor {stored.digest} is not there",

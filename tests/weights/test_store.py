@@ -49,6 +49,16 @@ def test_equal_content_is_one_file_and_layout_does_not_matter(tmp_path: Path) ->
     assert len({store.put(other).digest for other in others}) == 4 and len(_objects(store)) == 5
 
 
+def test_a_tensor_that_another_store_on_the_folder_writes_again_stays_readable(tmp_path: Path) -> None:
+    tensor = torch.randn(3, 4)
+    first, second = WeightStore(tmp_path), WeightStore(tmp_path)
+    stored = first.put(tensor)
+    assert torch.equal(first.read(stored), tensor)
+    time.sleep(0.01)
+    assert second.put(tensor) == stored
+    assert torch.equal(first.read(stored), tensor)
+
+
 def test_parts_make_the_same_file_as_the_whole(tmp_path: Path) -> None:
     store = WeightStore(tmp_path)
     tensor = torch.randn(10, 3)
@@ -83,6 +93,15 @@ def test_another_tensor_under_the_digest_is_noticed(tmp_path: Path) -> None:
     paths[two.digest].replace(paths[one.digest])
     with pytest.raises(VerificationError):
         WeightStore(tmp_path).read(one)
+
+
+def test_an_equal_tensor_of_another_store_of_the_folder_takes_its_place(tmp_path: Path) -> None:
+    first, second = WeightStore(tmp_path / "store"), WeightStore(tmp_path / "store")
+    tensor = torch.randn(4, 3)
+    stored = first.put(tensor)
+    assert torch.equal(first.read(stored), tensor)
+    assert second.put(tensor) == stored
+    assert torch.equal(first.read(stored), tensor)
 
 
 def test_unknown_digest(tmp_path: Path) -> None:
