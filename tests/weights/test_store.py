@@ -95,15 +95,6 @@ def test_another_tensor_under_the_digest_is_noticed(tmp_path: Path) -> None:
         WeightStore(tmp_path).read(one)
 
 
-def test_an_equal_tensor_of_another_store_of_the_folder_takes_its_place(tmp_path: Path) -> None:
-    first, second = WeightStore(tmp_path / "store"), WeightStore(tmp_path / "store")
-    tensor = torch.randn(4, 3)
-    stored = first.put(tensor)
-    assert torch.equal(first.read(stored), tensor)
-    assert second.put(tensor) == stored
-    assert torch.equal(first.read(stored), tensor)
-
-
 def test_unknown_digest(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not there"):
         WeightStore(tmp_path).read(Stored("0" * 64))
