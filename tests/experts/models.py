@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moec.artifact.options import RAISING_PIPELINE
@@ -15,7 +16,7 @@ from moec.module import Module
 from moec.pipeline.manager import PassManager, Pipeline
 from moec.reference.executor import Executor
 from moec.weights.store import WeightStore
-from tests.frontend.tiny_models import save_tiny_checkpoint
+from tests.frontend.tiny_models import VOCABULARY_SIZE, save_tiny_checkpoint
 
 
 def raised_model(model_type: str, folder: Path, **overrides: object) -> Module:
@@ -25,11 +26,20 @@ def raised_model(model_type: str, folder: Path, **overrides: object) -> Module:
     return module
 
 
+def calibrate_text(folder: Path, rows: int = 8, length: int = 32, options: str = "") -> str:
+    """Pipeline text that calibrates on random tokens, which are written to `folder`."""
+    path = folder / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(0, VOCABULARY_SIZE, (rows, length)))
+    return f"calibrate{{tokens={path} sequences={rows} length={length} {options}}}"
+
+
 def copy_of(module: Module) -> Module:
-    """The same model, whose IR may be changed."""
+    """The same model with its calibration, whose IR may be changed."""
     clone = module.op.clone()
     assert isinstance(clone, ModuleOp)
-    return Module(clone, module.weights, module.source)
+    copy = Module(clone, module.weights, module.source)
+    copy.calibration = module.calibration
+    return copy
 
 
 def output(module: Module, dtype: torch.dtype = torch.float64) -> torch.Tensor:
