@@ -7,7 +7,7 @@ more are left for `dce`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,9 +20,19 @@ from moec.errors import UsageError
 from moec.experts.bodies import body_key, build_body, operands_of
 from moec.experts.expert import Expert, View
 from moec.experts.layer import MoeLayer
+from moec.experts.parts import (
+    copy_region,
+    erase_unused,
+    logits_behind,
+    new_weight,
+    settle_names,
+    static_shape_of,
+    store_tensor,
+    tensor_of,
+)
 from moec.experts.reading import load_expert
 from moec.experts.rows import one_row, rows_of, seen_through
-from moec.ir import Block, DenseConstant, DType, Operation, Region, TensorType, Value
+from moec.ir import DenseConstant, Region, TensorType, Value
 from moec.weights.context import WeightContext
 from moec.weights.expression import Expression, Stack
 from moec.weights.expression_parser import parse_expression
@@ -103,19 +113,19 @@ def replace_router(
 
     Raises EditError for other shapes, UsageError where there is no store.
     """
-    if tuple(weight.shape) != _static(layer.router.tensor("weight")) or (
+    if tuple(weight.shape) != static_shape_of(layer.router.tensor("weight")) or (
         bias is not None and tuple(bias.shape) != (layer.outputs,)
     ):
         raise EditError(f"a router weight of shape {list(weight.shape)} does not fit", where=layer.name)
     tensors: dict[str, Value | tuple[Value, ...]] = {"input": layer.router.tensor("input")}
-    tensors["weight"] = _new_weight(layer, f"{layer.name}.router.weight", _store(weights, weight), weight.shape)
+    tensors["weight"] = new_weight(layer, f"{layer.name}.router.weight", store_tensor(weights, weight), weight.shape)
     if bias is not None:
-        tensors["bias"] = _new_weight(layer, f"{layer.name}.router.bias", _store(weights, bias), bias.shape)
+        tensors["bias"] = new_weight(layer, f"{layer.name}.router.bias", store_tensor(weights, bias), bias.shape)
     router = aten.build("linear.default", tensors, (layer.router.result.type,), layer.router.location)
     router.insert_before(layer.router)
     layer.router.result.replace_all_uses_with(router.result)
-    _erase_unused(layer.router)
-    _settle_names(layer.experts)
+    erase_unused(layer.router)
+    settle_names(layer.experts)
     return replace(layer, router=router)
 
 
@@ -159,7 +169,7 @@ class _Draft:
         """A stored expert as it is."""
         for number, (group, stacks, region) in enumerate(layer.experts.class_operands()):
             if expert in group.experts:
-                shapes = [_static(stack)[position < group.stacks :] for position, stack in enumerate(stacks)]
+                shapes = [static_shape_of(stack)[position < group.stacks :] for position, stack in enumerate(stacks)]
                 key = ("old", number)
                 protected = expert in layer.protected
                 row = group.experts.index(expert)
@@ -175,7 +185,7 @@ def _draft(layer: MoeLayer, weights: WeightContext, number: int, expert: Expert)
         if known is not None:
             sources.append(_Row(known.stack, known.row, known.view))
         else:
-            sources.append(_store(weights, operand.tensor))
+            sources.append(store_tensor(weights, operand.tensor))
     shared = tuple(source for source, operand in zip(sources, operands, strict=True) if operand.shared)
     return _Draft(
         (body_key(expert), shared),
@@ -223,7 +233,7 @@ def _rebuild(
         first = drafts[numbers[0]]
         operands += _stacks(layer, position, [drafts[number] for number in numbers], shape_of)
         classes.append(ExpertClass(tuple(numbers), len(first.shapes), first.shared))
-        regions.append(_copy_region(first.region))
+        regions.append(copy_region(first.region))
     old = layer.experts
     experts = ExpertsOp(
         old.x,
@@ -238,9 +248,9 @@ def _rebuild(
     )
     experts.insert_before(old)
     old.y.replace_all_uses_with(experts.y)
-    _erase_unused(old)
-    _erase_unused(layer.route)
-    _settle_names(experts)
+    erase_unused(old)
+    erase_unused(layer.route)
+    settle_names(experts)
     return replace(layer, route=route, experts=experts, router=router)
 
 
@@ -258,21 +268,21 @@ def _stacks(
         if first.old:
             value = first.old[index]
             rows = [draft.row for draft in drafts]
-            if is_shared or rows == list(range(_static(value)[0])):
+            if is_shared or rows == list(range(static_shape_of(value)[0])):
                 result.append(value)
                 continue
             weight = value.defining_op
             if not isinstance(weight, WeightOp):
                 raise EditError("a stack of expert weights is computed", where=layer.name)
-            source = rows_of(parse_expression(weight.source), rows, _static(value)[0])
-            result.append(_new_weight(layer, weight.weight_name, source, (len(rows), *shape)))
+            source = rows_of(parse_expression(weight.source), rows, static_shape_of(value)[0])
+            result.append(new_weight(layer, weight.weight_name, source, (len(rows), *shape)))
             continue
         sources = [draft.sources[index] for draft in drafts]
         name = f"{layer.name}.class_{position}.{first.names[index]}"
         if is_shared:
-            result.append(_new_weight(layer, name, _whole(sources[0], shape_of), shape))
+            result.append(new_weight(layer, name, _whole(sources[0], shape_of), shape))
         else:
-            result.append(_new_weight(layer, name, _stack(sources, shape_of), (len(drafts), *shape)))
+            result.append(new_weight(layer, name, _stack(sources, shape_of), (len(drafts), *shape)))
     return result
 
 
@@ -341,12 +351,12 @@ def _cut_router(layer: MoeLayer, rows: Sequence[int], routing: Routing) -> tuple
     tensors["weight"] = _rows_of_value(layer, layer.router.tensor("weight"), rows)
     for bias in layer.router.tensors("bias"):
         tensors["bias"] = _rows_of_value(layer, bias, rows)
-    kind = _tensor(layer.router.result)
+    kind = tensor_of(layer.router.result)
     router = aten.build(
         "linear.default", tensors, (TensorType((*kind.shape[:-1], len(rows)), kind.dtype),), layer.router.location
     )
     router.insert_before(layer.router)
-    logits = _behind(layer, router.result, len(rows))
+    logits = logits_behind(layer, router.result, len(rows))
     pieces = [
         None if value is None else _rows_of_value(layer, value, rows)
         for value in (old.logit_bias, old.mask, old.select_bias, old.per_expert_scale)
@@ -369,34 +379,15 @@ def _cut_router(layer: MoeLayer, rows: Sequence[int], routing: Routing) -> tuple
     return router, route
 
 
-def _behind(layer: MoeLayer, logits: Value, outputs: int) -> Value:
-    """What lies between the router and the route, for other logits."""
-    chain: list[Operation] = []
-    op = layer.route.logits.defining_op
-    while op is not None and op is not layer.router:
-        chain.append(op)
-        op = op.operands[0].defining_op
-    for op in reversed(chain):
-        copy = op.clone({op.operands[0]: logits})
-        kind = _tensor(op.results[0])
-        kind = TensorType((*kind.shape[:-1], outputs), kind.dtype)
-        copy.results[0].type = kind
-        if "size" in copy.attributes:
-            copy.attributes["size"] = kind.shape
-        copy.insert_before(layer.route)
-        logits = copy.results[0]
-    return logits
-
-
 def _rows_of_value(layer: MoeLayer, value: Value, rows: Sequence[int]) -> Value:
     """Entries `rows` along dimension 0 of a weight or a constant; raises EditError for anything that is computed."""
     op = value.defining_op
-    shape = _tensor(value).shape
+    shape = tensor_of(value).shape
     if isinstance(op, WeightOp) and shape[0] == layer.outputs:
         source = rows_of(parse_expression(op.source), rows, layer.outputs)
-        return _new_weight(layer, op.weight_name, source, (len(rows), *_static(value)[1:]))
+        return new_weight(layer, op.weight_name, source, (len(rows), *static_shape_of(value)[1:]))
     if isinstance(op, ConstantOp) and shape[0] == layer.outputs:
-        kind = _tensor(value)
+        kind = tensor_of(value)
         step = len(op.data.data) // layer.outputs
         data = b"".join(op.data.data[row * step : (row + 1) * step] for row in rows)
         constant = ConstantOp(
@@ -413,96 +404,8 @@ def _rows_of_value(layer: MoeLayer, value: Value, rows: Sequence[int]) -> Value:
     )
 
 
-def _erase_unused(op: Operation) -> None:
-    """Erases an operation that nobody reads, and what only led to it."""
-    frontier = [op]
-    while frontier:
-        op = frontier.pop()
-        if op.has_uses or op.parent is None:
-            continue
-        makers = [value.defining_op for value in op.operands]
-        op.erase()
-        frontier += [maker for maker in makers if maker is not None and maker.pure]
-
-
-# -- small parts --------------------
-
-
 def _renumber(stored: Sequence[int]) -> tuple[list[int], list[int]]:
     """(table with stored experts numbered by ascending old number, the old numbers that are left)."""
     kept = sorted({expert for expert in stored if expert >= 0})
     numbers = {expert: number for number, expert in enumerate(kept)}
     return [numbers.get(expert, -1) for expert in stored], kept
-
-
-def _new_weight(layer: MoeLayer, name: str, source: Expression, shape: Sequence[int]) -> Value:
-    """A weight before the router; the one that is there already where one of the same source is."""
-    anchor = layer.router if layer.router.parent is not None else layer.experts
-    text = str(source)
-    taken = {}
-    for op in _weights_around(anchor):
-        taken[op.weight_name] = op
-        if op.source == text and op.value.type == _f32(shape) and _comes_before(op, anchor):
-            return op.value
-    unique, number = name, 1
-    while unique in taken:
-        number += 1
-        unique = f"{name}#{number}"
-    weight = WeightOp(result_types=[_f32(shape)], weight_name=unique, source=text, location=layer.experts.location)
-    weight.insert_before(anchor)
-    return weight.value
-
-
-def _settle_names(anchor: Operation) -> None:
-    """Drops the numbers from names of weights that have become free."""
-    weights = list(_weights_around(anchor))
-    taken = {op.weight_name for op in weights}
-    for op in weights:
-        plain = op.weight_name.partition("#")[0]
-        if plain not in taken:
-            taken.remove(op.weight_name)
-            taken.add(plain)
-            op.weight_name = plain
-
-
-def _weights_around(anchor: Operation) -> Iterator[WeightOp]:
-    assert anchor.parent is not None
-    return (op for op in anchor.parent if isinstance(op, WeightOp))
-
-
-def _comes_before(op: Operation, anchor: Operation) -> bool:
-    following = op.next
-    while following is not None:
-        if following is anchor:
-            return True
-        following = following.next
-    return False
-
-
-def _store(weights: WeightContext, tensor: torch.Tensor) -> Expression:
-    if weights.store is None:
-        raise UsageError(
-            "this pass computes weights, but there is no store for them", hint="give the folder of a store"
-        )
-    return weights.store.put(tensor.detach().to(torch.float32).contiguous())
-
-
-def _copy_region(region: Region) -> Region:
-    block = Block([argument.type for argument in region.block.arguments])
-    mapping: dict[Value, Value] = dict(zip(region.block.arguments, block.arguments, strict=True))
-    for op in region.block:
-        block.append(op.clone(mapping))
-    return Region(block)
-
-
-def _tensor(value: Value) -> TensorType:
-    assert isinstance(value.type, TensorType)
-    return value.type
-
-
-def _static(value: Value) -> tuple[int, ...]:
-    return _tensor(value).static_shape
-
-
-def _f32(shape: Sequence[int]) -> TensorType:
-    return TensorType(tuple(shape), DType.F32)

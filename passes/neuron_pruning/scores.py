@@ -15,7 +15,7 @@ import torch
 from moec.calibration.sample import LayerSample
 from moec.calibration.statistics import LayerStatistics
 from moec.errors import UsageError
-from moec.experts import Dense, FeedForward, MoeLayer, Projection
+from moec.experts import FeedForward, MoeLayer, Projection
 
 if TYPE_CHECKING:
     from moec.calibration.calibration import Calibration
@@ -174,6 +174,5 @@ def _neuron_gradients(
     down = expert.down.dense().double()
     for start in range(0, len(rows), _CHUNK_ROWS):
         part, gate = rows[start : start + _CHUNK_ROWS], gates[start : start + _CHUNK_ROWS]
-        dtype = expert.up.matrix.weight.dtype if isinstance(expert.up.matrix, Dense) else expert.up.matrix.left.dtype
-        phi = expert.hidden_activations(sample.x[part].to(dtype)).double()
+        phi = expert.hidden_activations(sample.x[part].float()).double()
         yield phi, (sample.gradient[part].double() * gate[:, None]) @ down

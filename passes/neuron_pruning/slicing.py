@@ -12,6 +12,7 @@ from moec.experts import (
     Dense,
     Expert,
     FeedForward,
+    LowRank,
     MoeLayer,
     Projection,
     alias_experts,
@@ -52,6 +53,8 @@ def slicing_problem(expert: Expert) -> str:
         if projection is None or isinstance(projection.matrix, Dense):
             continue
         matrix = projection.matrix
+        if not isinstance(matrix, LowRank):
+            return f"its {name} matrix is partly factored; prune neurons first, then factor"
         if matrix.base is not None:
             return f"its {name} matrix has a base that other experts share"
         if matrix.right_is_shared if name == "down" else matrix.left_is_shared:
@@ -62,7 +65,7 @@ def slicing_problem(expert: Expert) -> str:
 def slice_neurons(expert: FeedForward, keep: torch.Tensor) -> FeedForward:
     """The expert with the neurons `keep` (indices i64, in this order); tensors without an axis of neurons are the same.
 
-    All of them in order give the expert itself.
+    All of them in order give the expert itself. It must be one without a `slicing_problem`.
     """
     if torch.equal(keep, torch.arange(expert.width)):
         return expert
@@ -73,13 +76,13 @@ def slice_neurons(expert: FeedForward, keep: torch.Tensor) -> FeedForward:
 def _rows(projection: Projection, keep: torch.Tensor) -> Projection:
     matrix = projection.matrix
     bias = None if projection.bias is None else projection.bias[keep]
-    if isinstance(matrix, Dense):
-        return Projection(Dense(matrix.weight[keep]), bias)
-    return Projection(replace(matrix, left=matrix.left[keep]), bias)
+    if isinstance(matrix, LowRank):
+        return Projection(replace(matrix, left=matrix.left[keep]), bias)
+    return Projection(Dense(matrix.dense()[keep]), bias)
 
 
 def _columns(projection: Projection, keep: torch.Tensor) -> Projection:
     matrix = projection.matrix
-    if isinstance(matrix, Dense):
-        return replace(projection, matrix=Dense(matrix.weight[:, keep]))
-    return replace(projection, matrix=replace(matrix, right=matrix.right[:, keep]))
+    if isinstance(matrix, LowRank):
+        return replace(projection, matrix=replace(matrix, right=matrix.right[:, keep]))
+    return replace(projection, matrix=Dense(matrix.dense()[:, keep]))
