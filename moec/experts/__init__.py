@@ -21,11 +21,13 @@ from moec.experts.expert import (
     Expert,
     FeedForward,
     LowRank,
+    Matrix,
+    PartlyLowRank,
     Projection,
 )
 from moec.experts.layer import MoeLayer, find_moe_layers, find_unreadable
 from moec.experts.reading import UnreadableExpertError, load_expert
-from moec.experts.run import LayerRun, run_layer
+from moec.experts.run import LayerRun, route_inputs_of, run_layer
 
 __all__ = [
     "Activation",
@@ -37,7 +39,9 @@ __all__ = [
     "FeedForward",
     "LayerRun",
     "LowRank",
+    "Matrix",
     "MoeLayer",
+    "PartlyLowRank",
     "Projection",
     "UnreadableExpertError",
     "alias_experts",
@@ -48,6 +52,7 @@ __all__ = [
     "protect_experts",
     "replace_experts",
     "replace_router",
+    "route_inputs_of",
     "run_layer",
     "slice_experts",
 ]

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
 from moec.dialects import aten
 from moec.dialects.moe import YieldOp
 from moec.dialects.nn import TOKENS
-from moec.experts.expert import Affine, Constant, Dense, Expert, FeedForward, LowRank, Projection
+from moec.experts.expert import (
+    Affine,
+    Constant,
+    Dense,
+    Expert,
+    FeedForward,
+    Matrix,
+    PartlyLowRank,
+    Projection,
+)
 from moec.ir import Block, DType, Region, TensorType, Value
 
 
@@ -72,33 +82,81 @@ def _projections(expert: FeedForward) -> list[tuple[str, Projection]]:
 
 
 def _operands(name: str, projection: Projection) -> list[Operand]:
-    matrix = projection.matrix
-    if isinstance(matrix, Dense):
-        found = [Operand(name, matrix.weight)]
-    else:
-        found = [
-            Operand(f"{name}.right", matrix.right, matrix.right_is_shared),
-            Operand(f"{name}.left", matrix.left, matrix.left_is_shared),
-        ]
-        if matrix.base is not None:
-            found.append(Operand(f"{name}.base", matrix.base, shared=True))
+    found = _matrix_operands(name, projection.matrix)
     if projection.bias is not None:
         found.append(Operand(f"{name}.bias", projection.bias))
     return found
 
 
+def _matrix_operands(name: str, matrix: Matrix) -> list[Operand]:
+    if isinstance(matrix, Dense):
+        return [Operand(name, matrix.weight)]
+    if isinstance(matrix, PartlyLowRank):
+        # the name says which axis the parts share
+        return [Operand(f"{name}.{_PARTS[matrix.axis]}", matrix.whole), *_matrix_operands(name, matrix.rest)]
+    found = [
+        Operand(f"{name}.right", matrix.right, matrix.right_is_shared),
+        Operand(f"{name}.left", matrix.left, matrix.left_is_shared),
+    ]
+    if matrix.base is not None:
+        found.append(Operand(f"{name}.base", matrix.base, shared=True))
+    return found
+
+
+_PARTS = ("rows", "columns")
+
+
 def _project(block: Block, rows: Value, name: str, projection: Projection, given: Mapping[str, Value]) -> Value:
     bias = given.get(f"{name}.bias")
     matrix = projection.matrix
-    if not isinstance(matrix, LowRank):
+    if isinstance(matrix, Dense):
         return _linear(block, rows, given[name], bias)
+    if isinstance(matrix, PartlyLowRank):
+        return _project_parts(block, rows, name, matrix, bias, given)
     result = _linear(block, _linear(block, rows, given[f"{name}.right"], None), given[f"{name}.left"], bias)
     if matrix.base is None:
         return result
-    base = _linear(block, rows, given[f"{name}.base"], None)
-    total = aten.build("add.Tensor", {"self": base, "other": result}, (base.type,))
+    return _add(block, _linear(block, rows, given[f"{name}.base"], None), result)
+
+
+def _project_parts(
+    block: Block, rows: Value, name: str, matrix: PartlyLowRank, bias: Value | None, given: Mapping[str, Value]
+) -> Value:
+    whole, right, left = (given[f"{name}.{part}"] for part in (_PARTS[matrix.axis], "right", "left"))
+    outputs, inputs = matrix.shape
+    if matrix.axis == 0:
+        kept = len(matrix.whole)
+        first = _linear(block, rows, whole, _slice(block, bias, 0, 0, kept))
+        second = _linear(block, _linear(block, rows, right, None), left, _slice(block, bias, 0, kept, outputs))
+        joined = aten.build("cat.default", {"tensors": (first, second)}, (_f32(TOKENS, outputs),), dim=1)
+        block.append(joined)
+        return joined.result
+    kept = matrix.whole.shape[1]
+    first = _linear(block, _slice(block, rows, 1, 0, kept), whole, None)
+    inner = _linear(block, _slice(block, rows, 1, kept, inputs), right, None)
+    return _add(block, first, _linear(block, inner, left, bias))
+
+
+def _add(block: Block, first: Value, second: Value) -> Value:
+    total = aten.build("add.Tensor", {"self": first, "other": second}, (first.type,))
     block.append(total)
     return total.result
+
+
+@overload
+def _slice(block: Block, value: Value, dim: int, start: int, stop: int) -> Value: ...
+@overload
+def _slice(block: Block, value: Value | None, dim: int, start: int, stop: int) -> Value | None: ...
+def _slice(block: Block, value: Value | None, dim: int, start: int, stop: int) -> Value | None:
+    """Elements along an axis; None of None."""
+    if value is None:
+        return None
+    kind = value.type
+    assert isinstance(kind, TensorType)
+    shape = (*kind.shape[:dim], stop - start, *kind.shape[dim + 1 :])
+    op = aten.build("slice.Tensor", {"self": value}, (_f32(*shape),), dim=dim, start=start, end=stop, step=1)
+    block.append(op)
+    return op.result
 
 
 def _linear(block: Block, rows: Value, weight: Value, bias: Value | None) -> Value:

@@ -127,10 +127,42 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class PartlyLowRank:
+    """A matrix of which the first rows (`axis` 0) or columns (`axis` 1) are whole, and the others of low rank.
+
+    `whole` is [k, in] or [out, k]; `rest` has the remaining rows or columns, and no base.
+    """
+
+    whole: torch.Tensor
+    rest: LowRank
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        outputs, inputs = self.rest.shape
+        return (outputs + len(self.whole), inputs) if self.axis == 0 else (outputs, inputs + self.whole.shape[1])
+
+    def dense(self) -> torch.Tensor:
+        """The matrix [out, in]."""
+        return torch.cat([self.whole, self.rest.dense()], dim=self.axis)
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, in] times the transposed matrix."""
+        if self.axis == 0:
+            return torch.cat([rows @ self.whole.T, self.rest.apply(rows)], dim=1)
+        kept = self.whole.shape[1]
+        return rows[:, :kept] @ self.whole.T + self.rest.apply(rows[:, kept:])
+
+
+Matrix = Dense | LowRank | PartlyLowRank
+
+
+@dataclass(frozen=True)
 class Projection:
     """rows @ matrix^T + bias; `bias` [out] or None."""
 
-    matrix: Dense | LowRank
+    matrix: Matrix
     bias: torch.Tensor | None = None
 
     def dense(self) -> torch.Tensor:

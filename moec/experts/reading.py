@@ -26,6 +26,7 @@ from moec.experts.expert import (
     FeedForward,
     Loaded,
     LowRank,
+    PartlyLowRank,
     Projection,
     View,
     kernel_frame,
@@ -106,6 +107,8 @@ class _Reader:
         }
         self._shared = set(shared)
         self._projected: dict[Value, _Projected] = {}
+        # columns of hidden activations
+        self._cuts: dict[Value, AtenOp] = {}
 
     def expert(self) -> Expert:
         for op in self._block:
@@ -139,6 +142,10 @@ class _Reader:
             self._product(op)
         elif isinstance(op, AtenOp) and op.name in _COLUMNS and op.operands[0] in self._projected:
             self._columns(op)
+        elif isinstance(op, AtenOp) and op.name == "aten.slice.Tensor":
+            self._cuts[op.result] = op
+        elif isinstance(op, AtenOp) and op.name == "aten.cat.default":
+            self._join(op)
         elif isinstance(op, AtenOp) and op.name == "aten.add.Tensor":
             self._sum(op)
 
@@ -174,9 +181,9 @@ class _Reader:
         """Some columns of a projection are the projection by some rows of its matrix."""
         source = self._projected[op.operands[0]]
         matrix, bias = source.projection.matrix, source.projection.bias
-        outer = matrix.weight if isinstance(matrix, Dense) else matrix.left
-        if isinstance(matrix, LowRank) and matrix.base is not None:
+        if isinstance(matrix, PartlyLowRank) or (isinstance(matrix, LowRank) and matrix.base is not None):
             return
+        outer = matrix.weight if isinstance(matrix, Dense) else matrix.left
         parts = self._compute(op, [outer.T])
         biases = [None] * len(parts) if bias is None else [b[0] for b in self._compute(op, [bias[None]])]
         for result, part, cut in zip(op.results, parts, biases, strict=True):
@@ -184,25 +191,59 @@ class _Reader:
             chosen: Dense | LowRank = Dense(rows) if isinstance(matrix, Dense) else replace(matrix, left=rows)
             self._projected[result] = _Projected(source.rows, Projection(chosen, cut))
 
+    def _join(self, op: AtenOp) -> None:
+        """Whole rows of a matrix above rows of low rank."""
+        parts = [self._projected.get(value) for value in op.tensors("tensors")]
+        if len(parts) != 2 or parts[0] is None or parts[1] is None or op.argument("dim") not in (1, -1):
+            return
+        whole, rest = parts[0].projection, parts[1].projection
+        if not isinstance(whole.matrix, Dense) or not isinstance(rest.matrix, LowRank) or rest.matrix.base is not None:
+            return
+        if parts[0].rows is not parts[1].rows or (whole.bias is None) != (rest.bias is None):
+            return
+        bias = None if whole.bias is None or rest.bias is None else torch.cat([whole.bias, rest.bias])
+        matrix = PartlyLowRank(whole.matrix.weight, rest.matrix, 0)
+        self._projected[op.result] = _Projected(parts[0].rows, Projection(matrix, bias))
+
     def _sum(self, op: AtenOp) -> None:
-        """A shared base plus what one expert adds to it."""
+        """A shared base plus what one expert adds to it, or whole columns of a matrix plus columns of low rank."""
         if any(value not in self._projected for value in op.operands):
             return
         base, more = (self._projected[value] for value in op.operands)
         if isinstance(base.projection.matrix, LowRank):
             base, more = more, base
+        source = self._whole_of(base.rows, more.rows)
         dense, factors = base.projection.matrix, more.projection.matrix
         if (
             not isinstance(dense, Dense)
             or not isinstance(factors, LowRank)
             or factors.base is not None
-            or base.rows is not more.rows
             or base.projection.bias is not None
             or op.argument("alpha") != 1
         ):
             return
+        if source is not None:
+            columns = PartlyLowRank(dense.weight, factors, 1)
+            self._projected[op.results[0]] = _Projected(source, Projection(columns, more.projection.bias))
+            return
+        if base.rows is not more.rows:
+            return
         matrix = replace(factors, base=dense.weight)
         self._projected[op.results[0]] = _Projected(base.rows, Projection(matrix, more.projection.bias))
+
+    def _whole_of(self, first: Value, second: Value) -> Value | None:
+        """What two values are the first and the last columns of; None where they are not."""
+        cuts = [self._cuts.get(first), self._cuts.get(second)]
+        if cuts[0] is None or cuts[1] is None or cuts[0].operands[0] is not cuts[1].operands[0]:
+            return None
+        source = cuts[0].operands[0]
+        border = _columns_of(first)
+        spans = [(cut.argument("dim"), cut.argument("start") or 0, cut.argument("step")) for cut in cuts if cut]
+        whole = [(1, 0, 1), (1, border, 1)]
+        sizes = (border, _columns_of(second), _columns_of(source))
+        if spans != whole or not all(isinstance(size, int) for size in sizes):
+            return None
+        return source if sizes[0] + sizes[1] == sizes[2] else None  # type: ignore[operator]
 
     def _compute(self, op: Operation, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The kernel of the executor on other values than those of a run."""
@@ -305,7 +346,10 @@ _LAYOUT = "operand_layout"
 
 def _tensors(projection: Projection) -> list[torch.Tensor]:
     matrix = projection.matrix
-    found = [matrix.weight] if isinstance(matrix, Dense) else [matrix.left, matrix.right]
+    found: list[torch.Tensor] = []
+    if isinstance(matrix, PartlyLowRank):
+        found, matrix = [matrix.whole], matrix.rest
+    found += [matrix.weight] if isinstance(matrix, Dense) else [matrix.left, matrix.right]
     if isinstance(matrix, LowRank) and matrix.base is not None:
         found.append(matrix.base)
     return found if projection.bias is None else [*found, projection.bias]
