@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS := 1
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install demo test test-slow lint bench quality clean
 
 install: $(STAMP)
 
@@ -37,6 +37,9 @@ test-slow: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
+
+quality: $(STAMP)
+	$(BIN)/python -W ignore::FutureWarning -m tests.quality
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
