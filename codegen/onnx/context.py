@@ -76,6 +76,8 @@ class Context:
     # arguments of a region that stand for a value outside
     aliases: dict[Value, Value] = field(default_factory=dict)
     sizes: dict[str, ir.Value] = field(default_factory=dict)
+    # sizes that are computed where they are first read
+    late_sizes: dict[str, Callable[[], ir.Value]] = field(default_factory=dict)
     # weights that an embedding reads row by row; a linear layer of the same weight must not store it again, transposed
     gathered: frozenset[str] = frozenset()
 
@@ -88,10 +90,11 @@ class Context:
     taken_over: dict[Operation, Callable[[Context, Operation], tuple[ir.Value, ...]]] = field(default_factory=dict)
     skipped: set[Operation] = field(default_factory=set)
 
-    def nested(self, sizes: dict[str, ir.Value]) -> Context:
+    def nested(self, sizes: dict[str, Callable[[], ir.Value]]) -> Context:
         """A context for a region: its own values, more sizes, the same graph and weights."""
-        sizes = {**self.sizes, **sizes}
-        return replace(self, values=dict(self.values), aliases=dict(self.aliases), sizes=sizes)
+        known = {name: value for name, value in self.sizes.items() if name not in sizes}
+        late = {**self.late_sizes, **sizes}
+        return replace(self, values=dict(self.values), aliases=dict(self.aliases), sizes=known, late_sizes=late)
 
     # values
 
@@ -140,6 +143,8 @@ class Context:
     def _atom(self, atom: str | tuple[str, int | DimExpr, int | DimExpr]) -> ir.Value:
         b = self.builder
         if isinstance(atom, str):
+            if atom not in self.sizes and atom in self.late_sizes:
+                self.sizes[atom] = self.late_sizes[atom]()
             found = self.sizes.get(atom)
             if found is None:
                 raise UnsupportedModelError(

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, refuse, tensor_of
-from moec.codegen.onnx.expert_products import Product, Stacks, divided, find_products
+from moec.codegen.onnx.expert_products import Product, Stacks, divided, find_products, is_spread
+from moec.codegen.onnx.expert_rows import ClassRows
 from moec.codegen.onnx.registry import emit_operation
 from moec.dialects.builtin import ConstantOp
+from moec.dialects.moe import ExpertsOp
 from moec.dialects.nn import LayerNormOp, RMSNormOp
 from moec.ir.operation import Block, Operation, Value
 from moec.weights.expression import Concat, Expression, Transpose
 from moec.weights.rows import row_of
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows [n, H] of a class, sorted by expert; `counts` int64 [experts]; `expert` int64 [n], that of each row."""
-
-    value: ir.Value
-    counts: ir.Value
-    expert: ir.Value
-    experts: int
-
-
 class BodyWalk:
     """Emits one body."""
 
-    def __init__(self, context: Context, op: Operation, rows: Rows, *, apart: bool) -> None:
+    def __init__(self, context: Context, op: ExpertsOp, rows: ClassRows, *, apart: bool) -> None:
         """`apart`: one product per expert for each of gate and up, instead of one whose result is cut.
 
         It is faster, since nothing is copied to be cut, at the price of one more node per expert.
@@ -39,34 +31,49 @@ class BodyWalk:
         self.b = context.builder
         self.op = op
         self.rows = rows
-        self.context = context.nested({"tokens": context.builder.op("Shape", rows.value, start=0, end=1)})
+        self.context = context.nested({"tokens": rows.total})
         self.stacks: dict[Value, Stacks] = {}
+        self.tokens: Value
+        # results that lie in pieces, expert by expert
+        self.pieces: dict[Value, tuple[ir.Value, ...]] = {}
 
-    def run(self, block: Block, stacks: Sequence[Stacks]) -> ir.Value:
-        """The class's outputs [n, H] for the weights `stacks`, one per argument of the block after the rows."""
-        self.context.values[block.arguments[0]] = self.rows.value
+    def run(self, block: Block, stacks: Sequence[Stacks]) -> tuple[ir.Value, ...]:
+        """The class's outputs [n, H] in pieces that follow each other, for the weights `stacks` of the body."""
+        self.tokens = block.arguments[0]
         found = find_products(block, stacks)
         self.stacks, products = found.stacks, found.products
         for op in block:
             if op is block.last or isinstance(op, ConstantOp) or op.results[0] in self.stacks:
                 continue
-            if op.results[0] in self.context.values:
+            if op.results[0] in self.context.values or op.results[0] in self.pieces:
                 continue
             product = next((candidate for candidate in products if candidate.op is op), None)
             if product is None:
                 self._emit(op)
+            elif product.weight.is_shared:
+                self._share(product)
             elif self.apart:
                 for part in divided(product):
                     self._project([part])
             else:
                 self._project([candidate for candidate in products if _may_join(candidate, product)])
-        return self.context.value(block.terminator.operands[0])
+        result = block.terminator.operands[0]
+        return self.pieces.get(result) or (self._value(result),)
+
+    def _value(self, value: Value) -> ir.Value:
+        """The rows of all experts together; made from pieces when first read."""
+        if value not in self.context.values:
+            if value is self.tokens:
+                self.context.values[value] = self.rows.together()
+            elif value in self.pieces:
+                self.context.values[value] = self.b.op("Concat", *self.pieces[value], axis=0)
+        return self.context.value(value)
 
     # products
 
     def _project(self, products: Sequence[Product]) -> None:
         """Products of the same rows, as one product with the weights one below the other."""
-        b, rows, first = self.b, self.context.value(products[0].rows), products[0]
+        b, first = self.b, products[0]
         weight = first.weight
         bias = first.bias
         if len(products) > 1:
@@ -74,31 +81,48 @@ class BodyWalk:
             if bias is not None:
                 biases = tuple(product.bias.expression for product in products if product.bias is not None)
                 bias = replace(bias, expression=Concat(1, biases))
-        parts = self._split(rows)
-        outputs = [self._multiply(part, index, weight, bias) for index, part in enumerate(parts)]
+        outputs = tuple(
+            self._multiply(part, index, weight, bias) for index, part in enumerate(self._by_expert(first.rows))
+        )
+        if len(products) == 1:
+            self.pieces[first.result] = outputs
+            return
         result = outputs[0] if len(outputs) == 1 else b.op("Concat", *outputs, axis=0)
         widths = [product.weight.shape[0] for product in products]
-        results = (
-            (result,) if len(widths) == 1 else b.ops("Split", result, b.ints(*widths), outputs=len(widths), axis=1)
-        )
+        results = b.ops("Split", result, b.ints(*widths), outputs=len(widths), axis=1)
         for product, value in zip(products, results, strict=True):
             self.context.values[product.result] = value
 
-    def _split(self, rows: ir.Value) -> tuple[ir.Value, ...]:
+    def _share(self, product: Product) -> None:
+        """One product for the whole class; of the tokens themselves, where most of them come to the class anyway."""
+        own_bias = product.bias if product.bias is not None and not product.bias.is_shared else None
+        bias = None if own_bias is not None else product.bias
+        expected = product.weight.rows_per_token or 0.0
+        if product.rows is self.tokens and expected >= 1:
+            by_token = self._multiply(self.rows.x, 0, product.weight, bias)
+            result = self.b.op("Gather", by_token, self.rows.tokens(), axis=0)
+        else:
+            result = self._multiply(self._value(product.rows), 0, product.weight, bias)
+        if own_bias is not None:
+            result = self.b.op("Add", result, self._by_row(own_bias))
+        self.context.values[product.result] = result
+
+    def _by_expert(self, rows: Value) -> Sequence[ir.Value]:
+        if rows is self.tokens:
+            return self.rows.by_expert()
         if self.rows.experts == 1:
-            return (rows,)
-        return self.b.ops("Split", rows, self.rows.counts, outputs=self.rows.experts, axis=0)
+            return (self._value(rows),)
+        return self.b.ops("Split", self._value(rows), self.rows.counts(), outputs=self.rows.experts, axis=0)
 
     def _multiply(self, rows: ir.Value, index: int, weight: Stacks, bias: Stacks | None) -> ir.Value:
-        weights = self.context.weights
-        matrix = row_of(weight.expression, index, weights)
+        matrix = _row(weight, index, self.context)
         # Gemm takes either layout, so the checkpoint's own is kept
         swapped = isinstance(matrix, Transpose)
         stored = _transposed(matrix) if swapped else matrix
-        value = self.context.weight(stored, f"{weight.name}.{index}")
+        value = self.context.weight(stored, _row_name(weight, index))
         offset = None
         if bias is not None:
-            offset = self.context.weight(row_of(bias.expression, index, weights), f"{bias.name}.{index}")
+            offset = self.context.weight(_row(bias, index, self.context), _row_name(bias, index))
         return self.b.op("Gemm", rows, value, offset, transB=0 if swapped else 1)
 
     # everything else
@@ -114,6 +138,11 @@ class BodyWalk:
             if len(stack.shape) > 1 or tensor_of(op.results[0]).rank != 2:
                 raise refuse(op, "it combines rows and a weight of each expert in a way that has no grouped form")
             self.context.values[value] = self._by_row(stack)
+        for value in op.operands:
+            self._value(value)
+        if mixed and is_spread(op) and self._is_by_row(self.stacks[mixed[0]]):
+            self.context.values[op.results[0]] = self.context.values[mixed[0]]
+            return
         values = emit_operation(self.context, op)
         self.context.values.update(zip(op.results, values, strict=False))
 
@@ -122,7 +151,7 @@ class BodyWalk:
         bias = op.bias if isinstance(op, LayerNormOp) else None
         if op.weight is None or (isinstance(op, RMSNormOp) and op.offset):
             raise refuse(op, "a norm of each expert with an offset")
-        x = self.context.value(op.x)
+        x = self._value(op.x)
         epsilon = b.number(op.epsilon)
         if isinstance(op, LayerNormOp):
             x = b.op("Sub", x, b.op("ReduceMean", x, b.ints(-1), keepdims=1))
@@ -134,14 +163,29 @@ class BodyWalk:
         self.context.values[op.results[0]] = y
 
     def _by_row(self, stack: Stacks) -> ir.Value:
-        """The vector of each row's expert, [n, width]."""
+        """The vector of each row's expert, [n, width]; [width] where all experts have the same."""
+        if not self._is_by_row(stack):
+            return self.context.weight(_row(stack, 0, self.context), _row_name(stack, 0))
         value = self.context.weight(stack.expression, stack.name)
-        return self.b.op("Gather", value, self.rows.expert, axis=0)
+        return self.b.op("Gather", value, self.rows.expert_of_row(), axis=0)
+
+    def _is_by_row(self, stack: Stacks) -> bool:
+        return self.rows.experts > 1 and not stack.is_shared
+
+
+def _row(stack: Stacks, index: int, context: Context) -> Expression:
+    """The weight of an expert, which may be that of all."""
+    return row_of(stack.expression, 0 if stack.is_shared else index, context.weights)
+
+
+def _row_name(stack: Stacks, index: int) -> str:
+    return stack.name if stack.is_shared else f"{stack.name}.{index}"
 
 
 def _may_join(left: Product, right: Product) -> bool:
     """Whether two products have the same rows and can be one."""
-    return left.rows is right.rows and (left.bias is None) == (right.bias is None)
+    shared = left.weight.is_shared or right.weight.is_shared
+    return left.rows is right.rows and (left.bias is None) == (right.bias is None) and not shared
 
 
 def _transposed(expression: Expression) -> Expression:

@@ -17,7 +17,7 @@ import torch
 
 from moec.codegen.onnx.context import Context, constant_array, tensor_of
 from moec.codegen.onnx.expert_products import BodyProducts, Product, Stacks, find_products
-from moec.codegen.onnx.experts_lean import stacks_of
+from moec.codegen.onnx.experts_lean import class_stacks
 from moec.dialects.builtin import ConstantOp
 from moec.dialects.moe import ExpertsOp
 from moec.errors import MoecError
@@ -86,9 +86,11 @@ def fused_form(context: Context, op: ExpertsOp) -> FusedForm:
     """The experts of `op` for the operator; raises NotFused with the reason."""
     if len(op.classes) != 1:
         raise NotFused(f"the layer has {len(op.classes)} classes of experts, the operator takes one")
-    _, values, region = next(op.class_operands())
+    group, _, region = next(op.class_operands())
+    if group.shared:
+        raise NotFused("the experts share weights")
     try:
-        stacks = [stacks_of(context, op, value) for value in values]
+        stacks = class_stacks(context, op, 0)
     except MoecError as error:
         raise NotFused(error.message) from error
     return form_of_body(context, region.block, stacks, op.expert_count)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from moec.codegen.onnx.context import Context, tensor_of
 from moec.codegen.onnx.cost_model import Choice, ExpertsShape, Lowering, choose, predict
 from moec.codegen.onnx.expert_form import FusedForm, NotFused, fused_form
+from moec.codegen.onnx.expert_rows import static_size
 from moec.codegen.onnx.experts_fused import check_gates, fallback_form, operator_attributes, slots_used
-from moec.codegen.onnx.experts_lean import static_size
 from moec.codegen.onnx.lower_moe import emit_with_shared
 from moec.codegen.onnx.parity import NodeSignature, check_parity
 from moec.codegen.onnx.shared_experts import SharedExpert, find_shared, with_shared
@@ -50,9 +50,13 @@ def plan_layers(context: Context, function: FuncOp) -> None:
 
 def experts_shape(op: ExpertsOp) -> ExpertsShape:
     """The sizes that the cost model reads."""
-    elements = sum(math.prod(tensor_of(stack).static_shape) for stack in op.weights)
+    elements = 0
+    for group, weights, _ in op.class_operands():
+        for position, value in enumerate(weights):
+            repeats = 1 if position < group.stacks else len(group.experts)
+            elements += repeats * math.prod(tensor_of(value).static_shape)
     slots = static_size(op, tensor_of(op.ids).shape[1])
-    return ExpertsShape(op.expert_count, slots, elements / max(1, op.expert_count))
+    return ExpertsShape(max(1, op.expert_count), slots, elements / max(1, op.expert_count))
 
 
 def _plan(context: Context, op: ExpertsOp) -> ExpertsPlan:

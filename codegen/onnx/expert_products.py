@@ -11,7 +11,7 @@ from moec.codegen.onnx.registry import normalized_axis
 from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import ConstantOp
 from moec.ir.operation import Block, Operation, Value
-from moec.weights.expression import Expression, Permute, Slice, Transpose
+from moec.weights.expression import Expression, Permute, Slice, Stack, Transpose
 
 _PRODUCTS = ("aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default")
 _VIEWS = ("aten.t.default", "aten.transpose.int", "aten.permute.default", "aten.numpy_T.default")
@@ -21,11 +21,26 @@ _COPIES = ("aten.clone.default", "aten.alias.default", "aten.detach.default", "a
 
 @dataclass(frozen=True)
 class Stacks:
-    """One weight per expert: `expression` has a leading axis of experts, `shape` is that of one expert."""
+    """One weight per expert: `expression` has a leading axis of experts, `shape` is that of one expert.
+
+    With `rows_per_token` the weight is one for all experts of the class, the leading axis is 1, and so many slots of a
+    token come to it on average.
+    """
 
     expression: Expression
     name: str
     shape: tuple[int, ...]
+    rows_per_token: float | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all experts of the class read the same weight."""
+        return self.rows_per_token is not None
+
+
+def shared_stack(expression: Expression, name: str, shape: tuple[int, ...], rows_per_token: float) -> Stacks:
+    """A weight [shape] that all experts of a class share."""
+    return Stacks(Stack(0, (expression,)), name, shape, rows_per_token)
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,8 @@ def find_products(block: Block, stacks: Sequence[Stacks]) -> BodyProducts:
     for op in block:
         if op is block.last or isinstance(op, ConstantOp):
             continue
+        if is_spread(op):
+            continue
         if op.operands and all(value in known for value in op.operands):
             _derive(op, known)
         else:
@@ -64,6 +81,11 @@ def find_products(block: Block, stacks: Sequence[Stacks]) -> BodyProducts:
             if found is not None:
                 products.append(found)
     return BodyProducts(products, known)
+
+
+def is_spread(op: Operation) -> bool:
+    """Whether the operation repeats a vector for every row."""
+    return op.name == "aten.expand.default" and not isinstance(tensor_of(op.results[0]).shape[0], int)
 
 
 def divided(product: Product) -> list[Product]:
@@ -116,8 +138,9 @@ def _columns(stack: Stacks, cut: range) -> Stacks:
     inner = stack.expression
     if isinstance(inner, Transpose) and {inner.first, inner.second} == {1, 2}:
         # below the transposition, so that the weight is stored as the checkpoint has it
-        return Stacks(Transpose(Slice(inner.operand, 2, cut.start, cut.stop, cut.step), 1, 2), name, shape)
-    return Stacks(Slice(inner, 1, cut.start, cut.stop, cut.step), name, shape)
+        expression = Transpose(Slice(inner.operand, 2, cut.start, cut.stop, cut.step), 1, 2)
+        return replace(stack, expression=expression, name=name, shape=shape)
+    return replace(stack, expression=Slice(inner, 1, cut.start, cut.stop, cut.step), name=name, shape=shape)
 
 
 def _derive(op: Operation, stacks: dict[Value, Stacks]) -> None:
@@ -141,7 +164,7 @@ def _cut(op: AtenOp, source: Stacks, stacks: dict[Value, Stacks]) -> None:
     for result, cut in zip(op.results, _ranges(op, axis, source.shape[axis]), strict=True):
         expression = Slice(source.expression, axis + 1, cut.start, cut.stop, cut.step)
         name = f"{source.name}.{cut.start}_{cut.stop}_{cut.step}"
-        stacks[result] = Stacks(expression, name, tensor_of(result).static_shape)
+        stacks[result] = replace(source, expression=expression, name=name, shape=tensor_of(result).static_shape)
 
 
 def _product(op: Operation, stacks: dict[Value, Stacks]) -> Product | None:

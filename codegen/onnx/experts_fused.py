@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, tensor_of
 from moec.codegen.onnx.expert_form import Activation, FusedForm, NotFused
-from moec.codegen.onnx.experts_lean import expert_positions, static_size
+from moec.codegen.onnx.expert_rows import expert_positions, static_size
 from moec.codegen.onnx.fallback_function import OPERATOR, FallbackForm
 from moec.codegen.onnx.graph import MICROSOFT
 from moec.codegen.onnx.shared_experts import SharedExpert

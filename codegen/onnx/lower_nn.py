@@ -184,7 +184,7 @@ def emit_mlp(context: Context, op: MLPOp) -> ir.Value:
     x = context.value(op.x)
     rows = x if kind.rank == 2 else b.reshape(x, (-1, _static(kind.shape[-1])))
     block = op.regions[0].block
-    inner = context.nested({"tokens": b.size(rows, 0)})
+    inner = context.nested({"tokens": lambda: b.size(rows, 0)})
     inner.values[block.arguments[0]] = rows
     inner.aliases.update(zip(block.arguments[1:], op.weights, strict=True))
     y = emit_block(inner, block)[0]
