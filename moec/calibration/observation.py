@@ -130,14 +130,17 @@ def gather(layers: Sequence[LayerGathering], place: BatchPlace) -> Observer:
 
 
 def hidden_value(region: Region) -> Value | None:
-    """What the last product of a body reads, seen through products in a row (a factored matrix); None for none."""
+    """What the last product of a body reads; None for none.
+
+    A factored matrix is several products in a row, a partly factored one reads slices.
+    """
     last = next((op for op in reversed(region.block) if op.name == "aten.linear.default"), None)
     while isinstance(last, AtenOp):
-        value = last.tensor("input")
+        value = last.tensor("self" if last.name == "aten.slice.Tensor" else "input")
         before = value.defining_op
         if before is None:
             return None
-        if before.name != "aten.linear.default":
+        if before.name not in ("aten.linear.default", "aten.slice.Tensor"):
             return value
         last = before
     return None
