@@ -95,15 +95,15 @@ class RankRule:
             return f"energy {self.energy:g} is not within (0, 1]"
         return None
 
-    def of(self, decomposition: Decomposition) -> int:
-        """The rank for one matrix.
+    def of(self, decomposition: Decomposition, energy: float | None = None) -> int:
+        """The rank for one matrix; shares of energy are of `energy`, by default that of the matrix itself.
 
         Raises:
             UsageError: above its full rank, or a ratio below that of rank 1.
         """
         outputs, inputs = decomposition.left.shape[0], decomposition.right.shape[1]
         if self.energy is not None:
-            return _energy_rank(decomposition.singular, self.energy)
+            return rank_for_share(decomposition.singular, self.energy, energy)
         if self.ratio is not None:
             return rank_for_parameters(self.ratio * outputs * inputs, outputs, inputs)
         assert self.rank is not None
@@ -142,10 +142,10 @@ def require_rank(rank: int, outputs: int, inputs: int) -> None:
         )
 
 
-def _energy_rank(singular: torch.Tensor, energy: float) -> int:
-    """The least rank that keeps a share of the squared singular values; 1 for a matrix of zeros."""
+def rank_for_share(singular: torch.Tensor, share: float, total: float | None = None) -> int:
+    """The least rank, at least 1, that loses at most 1 - share of `total`, by default the squared singular values."""
     squares = singular.square()
-    total = float(squares.sum())
-    if total == 0:
-        return 1
-    return min(int((squares.cumsum(0) / total < energy - 1e-12).sum()) + 1, len(singular))
+    whole = float(squares.sum()) if total is None else total
+    lost = float(squares.sum()) - squares.cumsum(0)
+    enough = lost <= (1 - share + 1e-12) * whole
+    return int(enough.to(torch.int64).argmax()) + 1 if bool(enough.any()) else len(singular)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moec.passes.factoring.decomposition import decompose, require_finite
-from moec.passes.factoring.whitening import Whitening
+from moec.passes.factoring.decomposition import Decomposition, decompose, require_finite
+from moec.passes.factoring.whitening import Whitening, pooled
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,8 @@ def share_right(weights: Sequence[torch.Tensor], norms: Sequence[Whitening], ran
     w_i^2 the share that the rows of i have in it. So second moments that differ in scale alone give the optimum, by
     truncated singular value decomposition. Each A_i is then the least squares fit in the norm of its own rows.
     """
-    common = pooled(norms)
-    scales = _scales(norms)
-    joint = decompose(
-        torch.cat([w.to(torch.float64) * scale for w, scale in zip(weights, scales, strict=True)]), common
-    )
-    right = joint.right[:rank] @ common.inverse
+    joint = _stacked(weights, norms)
+    right = joint.right[:rank] @ joint.whitening.inverse
     left = [_fit_left(weight.to(torch.float64), right, norm) for weight, norm in zip(weights, norms, strict=True)]
     return JointFactors(tuple(left), (right,) * len(left))
 
@@ -41,10 +37,7 @@ def share_left(weights: Sequence[torch.Tensor], norms: Sequence[Whitening], rank
 
     B are the first left singular vectors of all W_i S_i side by side and A_i = B^T W_i, optimal for any norms.
     """
-    for weight in weights:
-        require_finite(weight)
-    side_by_side = torch.cat([w.to(torch.float64) @ norm.root for w, norm in zip(weights, norms, strict=True)], dim=1)
-    left = torch.linalg.svd(side_by_side, full_matrices=False).U[:, :rank]
+    left = torch.linalg.svd(_side_by_side(weights, norms), full_matrices=False).U[:, :rank]
     return JointFactors((left,) * len(weights), tuple(left.T @ weight.to(torch.float64) for weight in weights))
 
 
@@ -53,13 +46,23 @@ def reduce_each(weights: Sequence[torch.Tensor], norms: Sequence[Whitening], ran
     return [decompose(w, norm).factors(rank).product() for w, norm in zip(weights, norms, strict=True)]
 
 
-def pooled(norms: Sequence[Whitening]) -> Whitening:
-    """The norm of the rows of all; equal norms stay what they are."""
-    if all(norm is norms[0] for norm in norms):
-        return norms[0]
-    total = torch.stack([norm.moment for norm in norms]).sum(0)
-    eigenvalues, vectors = torch.linalg.eigh((total + total.T) / 2)
-    return Whitening(vectors, eigenvalues.clamp_min(float(eigenvalues[-1]) * 1e-12).sqrt())
+def joint_spectrum(weights: Sequence[torch.Tensor], norms: Sequence[Whitening], *, right: bool) -> torch.Tensor:
+    """The singular values, descending, that `share_right` (if `right`) or `share_left` cuts."""
+    if right:
+        return _stacked(weights, norms).singular
+    singular: torch.Tensor = torch.linalg.svdvals(_side_by_side(weights, norms))
+    return singular
+
+
+def _stacked(weights: Sequence[torch.Tensor], norms: Sequence[Whitening]) -> Decomposition:
+    pieces = [weight.to(torch.float64) * scale for weight, scale in zip(weights, _scales(norms), strict=True)]
+    return decompose(torch.cat(pieces), pooled(norms))
+
+
+def _side_by_side(weights: Sequence[torch.Tensor], norms: Sequence[Whitening]) -> torch.Tensor:
+    for weight in weights:
+        require_finite(weight)
+    return torch.cat([w.to(torch.float64) @ norm.root for w, norm in zip(weights, norms, strict=True)], dim=1)
 
 
 def _scales(norms: Sequence[Whitening]) -> list[float]:

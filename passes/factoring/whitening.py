@@ -5,6 +5,7 @@ For rows x with H = sum of x x^T, ||x (W - W')^T|| over all rows is ||(W - W') S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,9 +47,22 @@ class Whitening:
         return float((difference.to(torch.float64) @ self.root).square().sum())
 
 
-def plain(size: int) -> Whitening:
-    """The identity: the error of a weight is its own Frobenius norm."""
-    return Whitening(torch.eye(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64))
+def plain(size: int, eigenvalue: float = 1.0) -> Whitening:
+    """A multiple of the identity as the second moment: the error of a weight is its own Frobenius norm."""
+    return Whitening(torch.eye(size, dtype=torch.float64), torch.full((size,), eigenvalue**0.5, dtype=torch.float64))
+
+
+def pooled(norms: Sequence[Whitening]) -> Whitening:
+    """The norm of the rows of all together: the sum of the second moments. One norm stays what it is."""
+    if all(norm is norms[0] for norm in norms):
+        return norms[0]
+    return _positive_root(sum((norm.moment for norm in norms), torch.zeros_like(norms[0].moment)))
+
+
+def average(norms: Sequence[Whitening]) -> Whitening:
+    """The norm of as many rows as one of them has on average."""
+    total = pooled(norms)
+    return Whitening(total.vectors, total.roots / len(norms) ** 0.5)
 
 
 def whitening(moment: torch.Tensor, damping: float = 0.0) -> Whitening | None:
@@ -65,9 +79,13 @@ def whitening(moment: torch.Tensor, damping: float = 0.0) -> Whitening | None:
             "the second moment of an expert's input is not finite",
             hint="a weight or an activation of the model is NaN or infinite; `moec verify` finds where",
         )
-    eigenvalues, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    greatest = float(eigenvalues[-1])
-    if greatest <= 0:
+    # all of its elements are zero exactly when its diagonal is
+    if not bool((moment.diagonal() > 0).any()):
         return None
+    return _positive_root(moment, damping)
+
+
+def _positive_root(moment: torch.Tensor, damping: float = 0.0) -> Whitening:
+    eigenvalues, vectors = torch.linalg.eigh((moment + moment.T) / 2)
     damped = eigenvalues.clamp_min(0) + damping * eigenvalues.clamp_min(0).mean()
-    return Whitening(vectors, damped.clamp_min(greatest * _ROUNDING).sqrt())
+    return Whitening(vectors, damped.clamp_min(float(eigenvalues[-1]) * _ROUNDING).sqrt())

@@ -1,0 +1,104 @@
+"""The matrices of an expert by name, and the norm of what goes into each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import torch
+
+from moec.calibration.sample import LayerSample
+from moec.calibration.second_moments import hidden_second_moment, input_second_moment
+from moec.experts import Dense, FeedForward, Matrix, MoeLayer, PartlyLowRank, Projection
+from moec.passes.factoring.whitening import Whitening, plain, whitening
+
+
+class Side(Enum):
+    """A matrix of a feed-forward expert."""
+
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+
+
+class Basis(Enum):
+    """The norm of an error: of the weight itself, of what it computes, or of that times the gate."""
+
+    PLAIN = "plain"
+    WHITENED = "whitened"
+    GATE_WHITENED = "gate-whitened"
+
+
+def projection(expert: FeedForward, side: Side) -> Projection | None:
+    """One projection; None for the gate of experts without one."""
+    return {Side.GATE: expert.gate, Side.UP: expert.up, Side.DOWN: expert.down}[side]
+
+
+def dense_matrix(expert: FeedForward, side: Side) -> torch.Tensor:
+    """A matrix [out, in] multiplied out; the side must be there."""
+    found = projection(expert, side)
+    assert found is not None
+    return found.dense()
+
+
+def with_matrices(expert: FeedForward, matrices: Mapping[Side, Matrix]) -> FeedForward:
+    """The expert with other matrices; biases stay."""
+
+    def changed(side: Side, old: Projection) -> Projection:
+        return replace(old, matrix=matrices[side]) if side in matrices else old
+
+    gate = None if expert.gate is None else changed(Side.GATE, expert.gate)
+    return replace(expert, gate=gate, up=changed(Side.UP, expert.up), down=changed(Side.DOWN, expert.down))
+
+
+def parameters(expert: FeedForward) -> int:
+    """Numbers in the matrices of an expert that are its own: shared ones and biases do not count."""
+    found = (projection(expert, side) for side in Side)
+    return sum(_numbers(item.matrix) for item in found if item is not None)
+
+
+def _numbers(matrix: Matrix) -> int:
+    if isinstance(matrix, Dense):
+        return matrix.weight.numel()
+    if isinstance(matrix, PartlyLowRank):
+        return matrix.whole.numel() + _numbers(matrix.rest)
+    return (0 if matrix.left_is_shared else matrix.left.numel()) + (
+        0 if matrix.right_is_shared else matrix.right.numel()
+    )
+
+
+@dataclass
+class Norms:
+    """The norms of a layer's matrices, from a sample of its rows (None for the plain basis)."""
+
+    layer: MoeLayer
+    sample: LayerSample | None
+    basis: Basis
+    damping: float
+    starved: set[int] = field(default_factory=set)
+    _inputs: dict[int, Whitening | None] = field(default_factory=dict)
+
+    def of(self, number: int, expert: FeedForward, side: Side) -> Whitening:
+        """That of one matrix; plain for an expert that no row of the sample chose, which is noted in `starved`.
+
+        Raises UsageError where activations are not finite.
+        """
+        found = self.known(number, side)
+        if found is None and self.sample is not None:
+            self.starved.add(number)
+        matrix = projection(expert, side)
+        assert matrix is not None
+        return found or plain(matrix.matrix.shape[1])
+
+    def known(self, number: int, side: Side) -> Whitening | None:
+        """That of one matrix; None in the plain basis and for an expert that no row of the sample chose."""
+        if self.sample is None:
+            return None
+        gated = self.basis is Basis.GATE_WHITENED
+        if side is Side.DOWN:
+            return whitening(hidden_second_moment(self.layer, self.sample, number, gated), self.damping)
+        if number not in self._inputs:
+            self._inputs.clear()
+            self._inputs[number] = whitening(input_second_moment(self.layer, self.sample, number, gated), self.damping)
+        return self._inputs[number]
