@@ -50,7 +50,9 @@ class Artifact:
         source = given if given is not None else Path(self.measurements.source)
         if not source.is_dir():
             raise UsageError(
-                "the source of the artifact is not there", where=str(source), hint="name it with --against SOURCE"
+                "the source of the artifact is not there",
+                where=str(source),
+                hint="name it with --against SOURCE; `moec verify --files-only` checks the digests without it",
             )
         return source
 

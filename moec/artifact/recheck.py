@@ -15,7 +15,7 @@ from moec.artifact.opened import MODEL_FILE, MODULE_FILE, Artifact
 from moec.artifact.options import OptimizeFor, OutputDType, default_store
 from moec.artifact.summary import layer_of
 from moec.artifact.verification import verification_batch, verify_model
-from moec.errors import MoecError, VerificationError
+from moec.errors import MoecError, UsageError, VerificationError
 from moec.frontend.huggingface import load_huggingface
 from moec.module import Module
 from moec.pipeline.manager import PassManager, Pipeline
@@ -40,7 +40,11 @@ def verify_folder(
     artifact = Artifact.open(folder)
     progress("checking digests")
     damage = _failure(lambda: check_files(folder, artifact.manifest))
-    source = artifact.source_folder(against)
+    try:
+        source = artifact.source_folder(against)
+    except UsageError as error:
+        # without the source nothing more can be found out, so damage goes first
+        raise damage or error from None
     progress("loading the source")
     original = load_huggingface(source, WeightStore(store or default_store()))
     module = artifact.module(original)
@@ -80,6 +84,17 @@ def verify_folder(
         # Files of the source changed that the function does not depend on, and all comparisons hold.
         return rows
     raise first
+
+
+def verify_files(folder: Path) -> int:
+    """Compares the files of an artifact with its manifest; returns how many.
+
+    Raises VerificationError that names the first that differs, and UsageError or UnsafeInputError for a folder that is
+    no artifact. What the files compute is not looked at.
+    """
+    artifact = Artifact.open(folder)
+    check_files(folder, artifact.manifest)
+    return len(artifact.manifest.files)
 
 
 def _failure(check: Callable[[], None]) -> MoecError | None:

@@ -24,8 +24,20 @@ WeightsInPlaceOption = Annotated[
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help="Folder for tensors that passes compute; by default in the user's cache.")
 ]
+PluginsOption = Annotated[
+    list[str] | None,
+    typer.Option("--load-pass-plugin", metavar="FILE.py|MODULE", help="Import this, so that its passes can be named."),
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all cores by default.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def load_plugins(plugins: Sequence[str] | None) -> None:
+    """Imports what `--load-pass-plugin` names. Raises PluginError."""
+    from moec.pipeline.registry import load_plugin
+
+    for plugin in plugins or ():
+        load_plugin(plugin)
 
 
 def table(rows: Sequence[tuple[str, ...]], numbers: frozenset[int] = frozenset()) -> str:

@@ -13,11 +13,13 @@ from moec.cli.common import (
     DTypeOption,
     OptimizeForOption,
     PipelineOption,
+    PluginsOption,
     SeedOption,
     SourceArgument,
     StoreOption,
     TargetOption,
     WeightsInPlaceOption,
+    load_plugins,
     table,
 )
 
@@ -38,6 +40,7 @@ def compile_command(
     force: Annotated[bool, typer.Option("--force", help="Replace the artifact that OUT holds already.")] = False,
     print_ir_after_all: Annotated[bool, typer.Option(help="Print the IR after every pass to standard error.")] = False,
     time_passes: Annotated[bool, typer.Option("--time-passes", help="Print the time of every pass.")] = False,
+    plugins: PluginsOption = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print what passes refused, and why.")] = False,
     reproducer: Annotated[
         Path | None, typer.Option(help="File for the IR before a pass that fails, for `moec opt --run-reproducer`.")
@@ -49,6 +52,7 @@ def compile_command(
     from moec.cli.progress import progress
     from moec.pipeline.instruments import Instrument, IRPrinting
 
+    load_plugins(plugins)
     options = CompileOptions(
         pipeline=pipeline,
         target=target,

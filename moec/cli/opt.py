@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moec.cli.common import PluginsOption
 from moec.errors import UsageError
 
 
@@ -64,12 +65,7 @@ def opt(
     source: Annotated[
         Path | None, typer.Option("--source", metavar="FOLDER", help="Model folder for passes that read weights.")
     ] = None,
-    plugins: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--load-pass-plugin", metavar="FILE.py|MODULE", help="Import this, so that its passes can be named."
-        ),
-    ] = None,
+    plugins: PluginsOption = None,
     crash_reproducer: Annotated[
         Path | None,
         typer.Option(

@@ -14,10 +14,12 @@ from moec.cli.common import (
     JsonOption,
     OptimizeForOption,
     PipelineOption,
+    PluginsOption,
     SeedOption,
     SourceArgument,
     TargetOption,
     WeightsInPlaceOption,
+    load_plugins,
     table,
 )
 
@@ -31,12 +33,14 @@ def plan(
     check: CheckOption = Check.CHANGED,
     seed: SeedOption = 0,
     weights_in_place: WeightsInPlaceOption = False,
+    plugins: PluginsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predicts time, memory and disk of a compilation; reads config.json only and writes nothing."""
     from moec.artifact.plan import plan_compilation
     from moec.artifact.report import format_size
 
+    load_plugins(plugins)
     options = CompileOptions(
         pipeline=pipeline,
         target=target,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from moec.cli.common import ArtifactArgument, JsonOption, StoreOption, table
+from moec.cli.common import ArtifactArgument, JsonOption, PluginsOption, StoreOption, load_plugins, table
+from moec.errors import UsageError
 
 
 def verify(
@@ -17,14 +18,29 @@ def verify(
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Text to compare on, instead of a built-in passage.")] = None,
     store: StoreOption = None,
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Check digests alone; needs neither the source nor its weights.")
+    ] = False,
+    plugins: PluginsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Checks digests, then artifact against IR against source on real tokens; a router tie is not an error."""
     import json
 
-    from moec.artifact.recheck import verify_folder
+    from moec.artifact.recheck import verify_files, verify_folder
     from moec.cli.progress import progress
 
+    if files_only and (against is not None or text is not None or store is not None):
+        raise UsageError("--files-only reads the artifact alone", hint="leave out --against, --text and --store")
+    load_plugins(plugins)
+    if files_only:
+        count = verify_files(artifact)
+        if as_json:
+            typer.echo(json.dumps({"files": count, "comparisons": []}))
+        else:
+            typer.echo(f"{count} files are as the manifest lists them")
+            typer.echo("not compared: artifact, IR and source on tokens (--files-only)")
+        return
     with progress() as show:
         rows = verify_folder(artifact, against=against, text=text, store=store, progress=show)
     if as_json:

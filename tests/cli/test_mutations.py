@@ -132,4 +132,18 @@ def test_source_that_is_gone(moec: Command, artifact: Path) -> None:
     (artifact / "measurements.json").write_text(json.dumps(measurements))
     code, _, err = moec("verify", artifact)
     assert code == 2
-    assert "--against" in err
+    assert "--against" in err and "--files-only" in err
+    code, out, _ = moec("verify", artifact, "--files-only")
+    assert code == 0
+    assert "files are as the manifest lists them" in out and "not compared" in out
+    assert json.loads(moec("verify", artifact, "--files-only", "--json")[1])["files"] == len(
+        read_manifest(artifact).files
+    )
+    assert moec("verify", artifact, "--files-only", "--against", artifact)[0] == 2
+    _, matrix = matrix_in_data(artifact, "layers.2.self_attn.o_proj")
+    matrix.view(np.uint8).reshape(-1)[1027] ^= 0x40
+    matrix.flush()
+    for arguments in ([], ["--files-only"]):
+        code, _, err = moec("verify", artifact, *arguments)
+        assert code == 4
+        assert "model.onnx.data" in err

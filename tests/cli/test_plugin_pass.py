@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.conftest import Command
 from tests.frontend.tiny_models import save_tiny_checkpoint
-from tests.passes.plugins import install, pass_source
+from tests.passes.plugins import HEAD, install, pass_source
 
 SCALE_ONE_EXPERT = '''
 from moec.dialects.moe import ExpertsOp
@@ -84,3 +84,22 @@ def test_a_failure_leaves_a_reproducer_that_finds_the_weights(checkpoint: Path, 
     assert code == 1 and message in errors
     code, _, errors = moec("opt", crash, "--run-reproducer")
     assert code == 1 and "the IR was given as text alone" in errors and "--source" in errors
+
+
+def test_a_pass_in_a_file_is_known_to_the_command_that_loads_it(
+    checkpoint: Path, tmp_path: Path, moec: Command
+) -> None:
+    file, out = tmp_path / "scaling_in_a_file.py", tmp_path / "out"
+    source = SCALE_ONE_EXPERT.format(name="scale-from-file", class_name="FromFile", claim="LOSSY")
+    file.write_text(HEAD + source, encoding="utf-8")
+    pipeline = ("--pipeline", "scale-from-file")
+    code, _, errors = moec("compile", checkpoint, "-o", out, *pipeline)
+    assert code == 2 and "there is no pass 'scale-from-file'" in errors
+    plugin = ("--load-pass-plugin", file)
+    assert moec("plan", checkpoint, *pipeline, *plugin)[0] == 0
+    code, _, errors = moec("compile", checkpoint, "-o", out, *pipeline, *plugin)
+    assert code == 0, errors
+    code, _, errors = moec("verify", out, *plugin)
+    assert code == 0, errors
+    code, _, errors = moec("compile", checkpoint, "-o", tmp_path / "other", "--load-pass-plugin", "nowhere.py")
+    assert code == 2 and "the plug-in nowhere.py fails on import" in errors
