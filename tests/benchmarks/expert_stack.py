@@ -1,9 +1,12 @@
 """Expert layers alone against what the machine allows: `python -m tests.benchmarks.expert_stack`.
 
 Four residual layers of 32 experts (hidden 1024, width 1408, top-4) without attention, on one thread: decoding beside
-the time to read the weights that a token needs, 512 tokens beside a dense feed-forward stack of as many FLOPs, both
+the time to read the weights that a token needs, 512 tokens beside two dense feed-forward stacks of as many FLOPs, all
 compiled by moec, and beside torch's grouped product in transformers' own block. Rounds take turns, tokens are fresh,
 the table shows medians of CPU seconds.
+
+The dense stacks: one whose layers are `top_k` times as wide as an expert, and one as wide as an expert that gets
+`top_k` rows for every token, which are the rows that all experts together compute.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from tests.benchmarks.machine import MachineLimits, cpu_seconds
 
 SHAPE = LayerShape(experts=32, hidden=1024, width=1408, top_k=4, layers=4)
 TOKEN_COUNTS = (1, 16, 128, 512)
-PORTABLE, ORT_CPU, DENSE, TORCH = "moec portable", "moec ort-cpu", "dense, equal FLOPs", "torch grouped_mm"
+PORTABLE, ORT_CPU, TORCH = "moec portable", "moec ort-cpu", "torch grouped_mm"
+WIDE, ROWS = "dense, k times as wide", "dense, k times the rows"
 
 Rows = NDArray[np.float32]
 Call = Callable[[Rows], Rows]
@@ -65,17 +69,17 @@ class StackTimes:
         """Time of one token over the bandwidth bound."""
         return self.median(subject, 1) / self.decode_bound
 
-    def prefill_ratio(self, subject: str) -> float:
-        """Time of 512 tokens over that of the dense stack."""
-        return self.median(subject, 512) / self.median(DENSE, 512)
+    def prefill_ratio(self, subject: str, dense: str = WIDE) -> float:
+        """Time of 512 tokens over that of a dense stack."""
+        return self.median(subject, 512) / self.median(dense, 512)
 
     def prefill_bound_ratio(self, subject: str) -> float:
-        """Time of 512 tokens over that of the dense stack and of reading the weights that the dense stack has not.
+        """Time of 512 tokens over that of the wide stack and of reading the weights that the wide stack has not.
 
         512 tokens reach all experts, whose weights are `experts / top_k` times those of a dense layer of as many FLOPs.
         """
         more = self.shape.layers * (self.shape.experts - self.shape.top_k) * self.shape.expert_bytes
-        return self.median(subject, 512) / (self.median(DENSE, 512) + more / self.limits.bytes_per_second)
+        return self.median(subject, 512) / (self.median(WIDE, 512) + more / self.limits.bytes_per_second)
 
 
 def dense_layers(hidden: int, width: int, layers: int) -> Module:
@@ -157,10 +161,13 @@ def measure(rounds: int, shape: LayerShape = SHAPE) -> StackTimes:
         calls = {
             PORTABLE: onnx_call(module, Target.PORTABLE, Path(scratch, "portable")),
             ORT_CPU: onnx_call(module, Target.ORT_CPU, Path(scratch, "ort-cpu")),
-            DENSE: onnx_call(
+            WIDE: onnx_call(
                 dense_layers(shape.hidden, shape.width * shape.top_k, shape.layers),
                 Target.PORTABLE,
-                Path(scratch, "dense"),
+                Path(scratch, "wide"),
+            ),
+            ROWS: onnx_call(
+                dense_layers(shape.hidden, shape.width, shape.layers), Target.PORTABLE, Path(scratch, "rows")
             ),
             TORCH: torch_call(module, shape),
         }
@@ -172,7 +179,8 @@ def measure(rounds: int, shape: LayerShape = SHAPE) -> StackTimes:
     for round_number in range(-1, rounds):
         for tokens in TOKEN_COUNTS:
             for name, call in calls.items():
-                x = generator.standard_normal((tokens, shape.hidden), dtype=np.float32)
+                rows = tokens * shape.top_k if name == ROWS else tokens
+                x = generator.standard_normal((rows, shape.hidden), dtype=np.float32)
                 seconds = cpu_seconds(lambda call=call, x=x: call(x))
                 if round_number >= 0:
                     times.seconds.setdefault((name, tokens), []).append(seconds)
@@ -182,9 +190,9 @@ def measure(rounds: int, shape: LayerShape = SHAPE) -> StackTimes:
 
 def table(times: StackTimes) -> str:
     """Medians and ratios as text."""
-    lines = [f"{'milliseconds per call':22}" + "".join(f"{f'{tokens} tokens':>12}" for tokens in TOKEN_COUNTS)]
-    for name in (PORTABLE, ORT_CPU, DENSE, TORCH):
-        lines.append(f"{name:22}" + "".join(f"{times.median(name, tokens) * 1e3:12.2f}" for tokens in TOKEN_COUNTS))
+    lines = [f"{'milliseconds per call':24}" + "".join(f"{f'{tokens} tokens':>12}" for tokens in TOKEN_COUNTS)]
+    for name in (PORTABLE, ORT_CPU, WIDE, ROWS, TORCH):
+        lines.append(f"{name:24}" + "".join(f"{times.median(name, tokens) * 1e3:12.2f}" for tokens in TOKEN_COUNTS))
     limits = times.limits
     lines.append(f"memory bandwidth {limits.bytes_per_second / 1e9:.1f} GB/s, ")
     lines[-1] += f"matrix products {limits.flops_per_second / 1e9:.1f} GFLOP/s"
@@ -193,8 +201,9 @@ def table(times: StackTimes) -> str:
         over_torch = ", ".join(f"{times.median(name, n) / times.median(TORCH, n):.2f}" for n in TOKEN_COUNTS)
         lines.append(
             f"{name}: decode {times.decode_ratio(name):.2f} of the bandwidth bound, 512 tokens "
-            f"{times.prefill_ratio(name):.2f} of the dense stack ({times.prefill_bound_ratio(name):.2f} with "
-            f"reading all experts), over torch {over_torch}"
+            f"{times.prefill_ratio(name):.2f} of the wide dense stack ({times.prefill_bound_ratio(name):.2f} with "
+            f"reading all experts) and {times.prefill_ratio(name, ROWS):.2f} of the one with k times the rows, "
+            f"over torch {over_torch}"
         )
     return "\n".join(lines)
 
