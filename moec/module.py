@@ -12,6 +12,7 @@ from moec.ir import print_operation
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from moec.budget.plan import BudgetPlan
     from moec.calibration.calibration import Calibration
     from moec.weights.context import WeightContext
 
@@ -39,13 +40,14 @@ class SourceFacts:
 class Module:
     """`op` is the IR (passes change it in place), `weights` loads what its weight expressions name.
 
-    `calibration` is what the pass `calibrate` found, None before it.
+    `calibration` is what the pass `calibrate` found and `plan` what `solve-budget` decided, None before them.
     """
 
     op: ModuleOp
     weights: WeightContext
     source: SourceFacts
     calibration: Calibration | None = None
+    plan: BudgetPlan | None = None
 
     @property
     def main(self) -> FuncOp:

@@ -1,0 +1,44 @@
+"""What can become of an expert, and which of its neurons or ranks stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class ActionKind(Enum):
+    """`narrow`, `factor` and `keep` experts are stored; the others leave only a vector, or nothing."""
+
+    KEEP = "keep"  # as it is
+    NARROW = "narrow"  # some of its neurons
+    FACTOR = "factor"  # its matrices as products of thin ones
+    CONSTANT = "constant"  # its mean output
+    ZERO = "zero"  # nothing: its router outputs name no expert
+    REDIRECT = "redirect"  # another expert of the layer answers for it
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the expert still computes something of its own."""
+        return self in (ActionKind.KEEP, ActionKind.NARROW, ActionKind.FACTOR)
+
+
+@dataclass(frozen=True)
+class Action:
+    """`size` is the number of neurons of `narrow`, the rank of `factor` and the stored expert of `redirect`."""
+
+    kind: ActionKind
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An action with its price. `bytes` are those of the artifact, `flops` per token of the text on average.
+
+    `distortion` is in the unit of the table. `neurons`: which neurons stay, in ascending order; empty but for `narrow`.
+    """
+
+    action: Action
+    bytes: int
+    flops: float
+    distortion: float
+    neurons: tuple[int, ...] = ()

@@ -1,0 +1,75 @@
+"""The outcome as a file for people and for `apply-plan`: what becomes of each expert, and what it should cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from moec.artifact.record import Record, read_record, write_record
+from moec.budget.actions import ActionKind
+from moec.errors import UsageError
+
+SCHEMA: Literal["moec.plan/1"] = "moec.plan/1"
+
+
+class ExpertPlan(Record):
+    """One stored expert. `size` and `neurons` as in `Action` and `Offer`; `distortion` is its share of the plan's."""
+
+    expert: int = Field(ge=0)
+    action: ActionKind
+    size: int = 0
+    bytes: int = Field(ge=0)
+    distortion: float = Field(ge=0)
+    neurons: tuple[int, ...] = ()
+
+
+class LayerPlan(Record):
+    """One layer by its name, with all of its stored experts."""
+
+    layer: str
+    experts: tuple[ExpertPlan, ...]
+
+
+class BudgetPlan(Record):
+    """A plan for all experts of a module.
+
+    Bytes are those of experts in an artifact of type `dtype`. `predicted` is the sum of distortions, in nats per token
+    where `measure` knows gradients; no plan has less than `bound`. `flops` are those of experts, per token on average.
+    """
+
+    schema_name: Literal["moec.plan/1"] = Field(default=SCHEMA, alias="schema")
+    measure: str
+    solver: str
+    dtype: str
+    budget_bytes: int
+    bytes: int
+    source_bytes: int
+    budget_flops: float | None
+    flops: float
+    source_flops: float
+    predicted: float
+    bound: float
+    gap: float
+    layers: tuple[LayerPlan, ...]
+
+    def counts(self) -> dict[ActionKind, int]:
+        """How many experts meet each end."""
+        actions = [expert.action for layer in self.layers for expert in layer.experts]
+        return {kind: actions.count(kind) for kind in ActionKind if kind in actions}
+
+
+def write_plan(path: Path, plan: BudgetPlan) -> None:
+    """Writes a plan as JSON. Raises UsageError where there is no such folder."""
+    try:
+        write_record(path, plan)
+    except OSError as error:
+        raise UsageError(f"the plan cannot be written: {error.strerror}", where=str(path)) from None
+
+
+def read_plan(path: Path) -> BudgetPlan:
+    """Reads a plan. Raises UsageError for a missing file, UnsafeInputError for a malformed one."""
+    if not path.is_file():
+        raise UsageError("there is no such plan", where=str(path), hint="solve-budget{file=...} writes one")
+    return read_record(path, BudgetPlan)

@@ -1,0 +1,113 @@
+"""Does to experts what a plan says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from moec.budget.actions import ActionKind
+from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, read_plan
+from moec.budget.tables import DAMPING, constant_output, factored
+from moec.calibration.sample import LayerSample
+from moec.errors import UsageError
+from moec.experts import (
+    Constant,
+    Expert,
+    FeedForward,
+    MoeLayer,
+    alias_experts,
+    find_moe_layers,
+    load_expert,
+    replace_experts,
+)
+from moec.ir import Operation
+from moec.passes.factoring.sides import Basis, Norms
+from moec.passes.neuron_pruning.slicing import slice_neurons
+from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
+
+
+@register_pass("apply-plan")
+@dataclass(frozen=True)
+class ApplyPlan(Pass):
+    """Makes experts smaller as the plan of `solve-budget` says, or one that was saved in a file.
+
+    Narrowed and factored experts and constants are new tensors; an expert that another one answers for and one that
+    becomes nothing leave only their router outputs. Factors and constants are computed from the calibration, so that
+    a plan with such experts needs one.
+    """
+
+    claim: ClassVar[Claim] = Claim.LOSSY
+    anchor: ClassVar[str] = "builtin.module"
+    changed = Statistic("experts changed")
+    file: Path | None = option("a plan as JSON; without it the one that solve-budget made", None)
+
+    def run(self, op: Operation, context: PassContext) -> None:
+        plan = self._plan(context)
+        layers = {layer.name: layer for layer in find_moe_layers(op)}
+        for item in plan.layers:
+            if item.layer not in layers:
+                raise UsageError(f"the plan is for a layer {item.layer} that the model does not have")
+            _check(layers[item.layer], item)
+        for item in plan.layers:
+            context.count(self.changed, sum(row.action is not ActionKind.KEEP for row in item.experts))
+            _apply(layers[item.layer], item, context)
+
+    def _plan(self, context: PassContext) -> BudgetPlan:
+        if self.file is not None:
+            return read_plan(self.file)
+        if context.module is None or context.module.plan is None:
+            raise UsageError("there is no plan", hint="put solve-budget in front of it, or name a file")
+        return context.module.plan
+
+
+def _check(layer: MoeLayer, plan: LayerPlan) -> None:
+    """Raises UsageError where a plan does not fit its layer as it is now."""
+    count = layer.expert_count
+    if [row.expert for row in plan.experts] != list(range(count)):
+        raise UsageError(f"the plan does not fit the {count} experts", where=layer.name, hint="solve the budget again")
+    for row in plan.experts:
+        kind = row.action
+        if kind is not ActionKind.KEEP and row.expert in layer.protected:
+            raise UsageError(f"the plan changes the protected expert {row.expert}", where=layer.name)
+        if kind is ActionKind.REDIRECT and not (
+            0 <= row.size < count and row.size != row.expert and plan.experts[row.size].action.is_stored
+        ):
+            raise UsageError(f"the plan redirects expert {row.expert} to {row.size}, which goes", where=layer.name)
+        if kind is ActionKind.NARROW and not row.neurons:
+            raise UsageError(f"the plan leaves expert {row.expert} no neurons", where=layer.name)
+
+
+def _apply(layer: MoeLayer, plan: LayerPlan, context: PassContext) -> None:
+    weights = context.require_weights()
+    needs_sample = any(row.action in (ActionKind.FACTOR, ActionKind.CONSTANT) for row in plan.experts)
+    sample = context.require_calibration().sample(layer) if needs_sample else None
+    norms = Norms(layer, sample, Basis.GATE_WHITENED, DAMPING)
+    stored = list(layer.stored)
+    new: dict[int, Expert] = {}
+    for row in plan.experts:
+        if row.action is ActionKind.REDIRECT or row.action is ActionKind.ZERO:
+            target = row.size if row.action is ActionKind.REDIRECT else -1
+            stored = [target if layer.stored[output] == row.expert else now for output, now in enumerate(stored)]
+        elif row.action is not ActionKind.KEEP:
+            new[row.expert] = _changed(load_expert(layer, weights, row.expert), row, layer, sample, norms)
+    layer = replace_experts(layer, weights, new)
+    if tuple(stored) != layer.stored:
+        alias_experts(layer, stored)
+
+
+def _changed(expert: Expert, row: ExpertPlan, layer: MoeLayer, sample: LayerSample | None, norms: Norms) -> Expert:
+    where = f"{layer.name}, expert {row.expert}"
+    if row.action is ActionKind.CONSTANT:
+        assert sample is not None
+        rows, gates = sample.chosen(layer, row.expert)
+        return Constant(constant_output(expert.apply(sample.x[rows].float()), gates))
+    if not isinstance(expert, FeedForward):
+        raise UsageError("the plan is for an expert with neurons", where=where)
+    if row.action is ActionKind.FACTOR:
+        return factored(expert, row.expert, row.size, norms)
+    if not all(0 <= neuron < expert.width for neuron in row.neurons):
+        raise UsageError(f"the plan keeps neurons that the expert does not have: it has {expert.width}", where=where)
+    return slice_neurons(expert, torch.tensor(sorted(set(row.neurons))))

@@ -1,0 +1,233 @@
+"""One budget for all ways of making experts smaller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from moec.artifact.options import OutputDType
+from moec.artifact.report import format_size
+from moec.artifact.weight_uses import weight_uses
+from moec.budget.actions import ActionKind
+from moec.budget.measure import Distortion
+from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, write_plan
+from moec.budget.problem import OWN, Item, Problem, Solution
+from moec.budget.sizes import parse_budget
+from moec.budget.solving import Solver, solve
+from moec.budget.tables import ExpertTable, TableSettings, layer_tables, total_bytes
+from moec.errors import UsageError
+from moec.experts import MoeLayer, UnreadableExpertError, find_moe_layers, find_unreadable
+from moec.ir import Operation
+from moec.module import Module
+from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
+
+_OFFERED = (ActionKind.NARROW, ActionKind.CONSTANT, ActionKind.ZERO, ActionKind.REDIRECT)
+
+
+@register_pass("solve-budget")
+@dataclass(frozen=True)
+class SolveBudget(Pass):
+    """Decides what becomes of each expert so that all of them fit a budget of bytes; `apply-plan` does it.
+
+    For every expert the ways to make it smaller compete: fewer neurons, factored matrices, a constant, nothing, or
+    another expert of its layer that answers for it. Each is priced by the error that it makes in the layer's output on
+    the calibration text, times the square of the expert's gate and how sensitive the loss is to that layer, and takes
+    the bytes that it will have in the artifact. Errors of different experts are added up.
+
+    1. A share of `bytes` (60%) is one of the bytes of all experts, a number (4GiB) is for all weights of the model.
+    2. Each layer keeps as many stored experts as a token chooses, protected experts stay as they are and serve no
+       other's tokens, and an expert answers for another only if it keeps `good` of its neurons.
+    3. Solvers: prices on bytes by bisection for any size; dynamic programming where experts are independent; HiGHS
+       for redirects and for two budgets. The best plan is taken, and its distance from the proven bound is told.
+
+    The plan is kept for `apply-plan`, and written to `file` as JSON.
+    """
+
+    claim: ClassVar[Claim] = Claim.EXACT
+    anchor: ClassVar[str] = "builtin.module"
+    kept = Statistic("experts that stay as they are")
+    narrowed = Statistic("experts that lose neurons")
+    factored = Statistic("experts that are factored")
+    constants = Statistic("experts that become a constant")
+    zeros = Statistic("experts that become nothing")
+    redirected = Statistic("experts that another one answers for")
+
+    bytes: str = option("share of the experts' bytes, such as 60%, or bytes of all weights, such as 4GiB")
+    flops: str = option("share of the experts' FLOPs per token, such as 80%; empty for any", "")
+    actions: tuple[ActionKind, ...] = option("what may become of an expert", _OFFERED)
+    steps: int = option("widths come in such parts of an expert", 8)
+    ranks: tuple[float, ...] = option("shares of a matrix's parameters that factors may take", (0.25, 0.5, 0.75))
+    nearest: int = option("experts that may answer for another one", 8)
+    good: float = option("share of its neurons that an expert must keep to answer for others", 0.75)
+    distortion: Distortion = option("how errors are made comparable", Distortion.AUTO)
+    solver: Solver = option("how the plan is found", Solver.AUTO)
+    time_limit: float = option("seconds for HiGHS", 60.0)
+    gap: float = option("relative distance from the bound that is close enough", 1e-3)
+    dtype: OutputDType = option("element type of the artifact", OutputDType.FLOAT32)
+    file: Path | None = option("where the plan is written, too", None)
+
+    def __post_init__(self) -> None:
+        parse_budget(self.bytes)
+        if self.flops and parse_budget(self.flops).share is None:
+            raise ValueError(f"flops {self.flops} is no share such as 80%")
+        if self.steps < 1 or self.nearest < 0:
+            raise ValueError("steps must be at least 1 and nearest must not be negative")
+        if not all(0 < share < 1 for share in self.ranks):
+            raise ValueError("ranks are shares within 0 < share < 1")
+        if not 0 < self.good <= 1 or not self.time_limit > 0 or not self.gap >= 0:
+            raise ValueError("good is within 0 < good <= 1, time-limit above 0, and gap not negative")
+
+    def run(self, op: Operation, context: PassContext) -> None:
+        calibration = context.require_calibration()
+        module = context.module
+        assert module is not None
+        for unreadable in find_unreadable(op):
+            context.refuse(unreadable.op, unreadable.reason, self.pass_name)
+        measure = self.distortion.resolved(gradients=calibration.has_gradients)
+        settings = TableSettings(frozenset(self.actions), self.steps, self.ranks, self.nearest, measure, self.dtype)
+        layers: list[MoeLayer] = []
+        tables: list[list[ExpertTable]] = []
+        for layer in find_moe_layers(op):
+            try:
+                tables.append(layer_tables(layer, calibration, settings))
+                layers.append(layer)
+            except UnreadableExpertError as error:
+                context.refuse(layer.experts, error.message, self.pass_name)
+        if not layers:
+            raise UsageError("there are no experts that a budget could be solved for", where="the module")
+        problem = self._problem(module, layers, tables)
+        self._require_feasible(problem, module, tables)
+        solution = solve(problem, self.solver, time_limit=self.time_limit, gap=self.gap)
+        plan = self._plan(layers, tables, problem, solution, measure)
+        module.plan = plan
+        if self.file is not None:
+            write_plan(self.file, plan)
+        self._report(op, plan, context)
+
+    # -- the problem --------------------
+
+    def _problem(self, module: Module, layers: list[MoeLayer], tables: list[list[ExpertTable]]) -> Problem:
+        source = sum(total_bytes(layer) for layer in tables)
+        budget = parse_budget(self.bytes)
+        if budget.share is not None:
+            allowed = int(budget.share * source)
+        else:
+            assert budget.bytes is not None
+            allowed = budget.bytes - self._other_bytes(module, source)
+        work = sum(table.offers[0].flops for layer in tables for table in layer)
+        flops = parse_budget(self.flops).share if self.flops else None
+        items: list[Item] = []
+        for group, layer in enumerate(tables):
+            first = len(items)
+            items += [self._item(group, table, first) for table in layer]
+        least = tuple(
+            min(layer.top_k, sum(bool(item.stored.any()) for item in items if item.group == group))
+            for group, layer in enumerate(layers)
+        )
+        return Problem(tuple(items), allowed, None if flops is None else flops * work, least)
+
+    def _item(self, group: int, table: ExpertTable, first: int) -> Item:
+        actions = [offer.action for offer in table.offers]
+        kinds = [action.kind for action in actions]
+
+        def serves(kind: ActionKind, size: int) -> bool:
+            return kind is ActionKind.KEEP or (kind is ActionKind.NARROW and size >= self.good * table.width)
+
+        # constants of the source are stored, but are no experts that a token could choose for what they compute
+        return Item(
+            group,
+            np.array([offer.bytes for offer in table.offers], np.int64),
+            np.array([offer.flops for offer in table.offers]),
+            np.array([offer.distortion for offer in table.offers]),
+            np.array([first + action.size if action.kind is ActionKind.REDIRECT else OWN for action in actions]),
+            np.array([kind.is_stored for kind in kinds]),
+            np.array([serves(action.kind, action.size) for action in actions]),
+        )
+
+    def _other_bytes(self, module: Module, experts: int) -> int:
+        """Bytes of all weights but those of the experts of the problem."""
+        total = 0
+        for use in weight_uses(module):
+            shape, _ = module.weights.shape_dtype(use.expression)
+            total += use.elements * (self.dtype.itemsize if len(shape) > 1 else OutputDType.FLOAT32.itemsize)
+        return total - experts
+
+    def _require_feasible(self, problem: Problem, module: Module, tables: list[list[ExpertTable]]) -> None:
+        least = problem.minimum_bytes()
+        if least > problem.bytes:
+            source = sum(total_bytes(layer) for layer in tables)
+            whole = least + self._other_bytes(module, source)
+            raise UsageError(
+                f"the budget of {self.bytes} is below the minimum: with what is offered, experts take at least "
+                f"{format_size(least)} of {format_size(source)} ({least / source:.1%}), the model {format_size(whole)}",
+                hint=f"give at least {-(-1000 * least // source) / 10:g}%, or {whole} bytes for the whole model; "
+                "offer more actions, or protect fewer experts",
+            )
+        if problem.flops is not None and problem.minimum_flops() > problem.flops * (1 + 1e-9):
+            raise UsageError(f"the budget of {self.flops} of the FLOPs is below the minimum with what is offered")
+
+    # -- the outcome --------------------
+
+    def _plan(
+        self,
+        layers: list[MoeLayer],
+        tables: list[list[ExpertTable]],
+        problem: Problem,
+        solution: Solution,
+        measure: Distortion,
+    ) -> BudgetPlan:
+        choices = iter(solution.choices)
+        found = []
+        for layer, experts in zip(layers, tables, strict=True):
+            rows = []
+            for table in experts:
+                offer = table.offers[next(choices)]
+                rows.append(
+                    ExpertPlan(
+                        expert=table.expert,
+                        action=offer.action.kind,
+                        size=offer.action.size,
+                        bytes=offer.bytes,
+                        distortion=offer.distortion,
+                        neurons=offer.neurons,
+                    )
+                )
+            found.append(LayerPlan(layer=layer.name, experts=tuple(rows)))
+        return BudgetPlan(
+            measure=measure.value,
+            solver=solution.name,
+            dtype=self.dtype.value,
+            budget_bytes=problem.bytes,
+            bytes=problem.bytes_of(solution.choices),
+            source_bytes=sum(total_bytes(layer) for layer in tables),
+            budget_flops=problem.flops,
+            flops=problem.flops_of(solution.choices),
+            source_flops=sum(table.offers[0].flops for layer in tables for table in layer),
+            predicted=solution.distortion,
+            bound=solution.bound,
+            gap=solution.gap,
+            layers=tuple(found),
+        )
+
+    def _report(self, op: Operation, plan: BudgetPlan, context: PassContext) -> None:
+        counts = plan.counts()
+        for statistic, kind in (
+            (self.kept, ActionKind.KEEP),
+            (self.narrowed, ActionKind.NARROW),
+            (self.factored, ActionKind.FACTOR),
+            (self.constants, ActionKind.CONSTANT),
+            (self.zeros, ActionKind.ZERO),
+            (self.redirected, ActionKind.REDIRECT),
+        ):
+            context.count(statistic, counts.get(kind, 0))
+        unit = "squared error" if plan.measure == Distortion.MSE.value else "nats per token"
+        state = "" if plan.gap <= self.gap else "; NOT proven near the best: give more time"
+        context.remark(
+            op,
+            f"experts take {format_size(plan.bytes)} of {format_size(plan.source_bytes)} "
+            f"({plan.bytes / max(plan.source_bytes, 1):.1%}), predicted loss +{plan.predicted:.4g} {unit}, "
+            f"bound {plan.bound:.4g}, gap {plan.gap:.2%} ({plan.solver}){state}",
+        )
