@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import onnx_ir as ir
 
@@ -16,18 +17,19 @@ from moec.dialects.moe import ExpertsOp
 from moec.dialects.nn import LayerNormOp, RMSNormOp
 from moec.ir.operation import Block, Operation, Value
 from moec.weights.expression import Concat, Expression, Transpose
-from moec.weights.rows import row_of
+from moec.weights.rows import row_of, simplified
 
 
 class BodyWalk:
     """Emits one body."""
 
-    def __init__(self, context: Context, op: ExpertsOp, rows: ClassRows, *, apart: bool) -> None:
+    def __init__(self, context: Context, op: ExpertsOp, rows: ClassRows, *, apart: bool, each: bool) -> None:
         """`apart`: one product per expert for each of gate and up, instead of one whose result is cut.
 
         It is faster, since nothing is copied to be cut, at the price of one more node per expert.
+        `each`: what lies between two products is computed expert by expert, too, on rows that are still in the cache.
         """
-        self.apart = apart
+        self.apart, self.each = apart, each
         self.b = context.builder
         self.op = op
         self.rows = rows
@@ -50,13 +52,16 @@ class BodyWalk:
             product = next((candidate for candidate in products if candidate.op is op), None)
             if product is None:
                 self._emit(op)
-            elif product.weight.is_shared:
+                continue
+            if product.weight.is_shared:
                 self._share(product)
-            elif self.apart:
+                continue
+            joined = [candidate for candidate in products if _may_join(candidate, product)]
+            if self.apart or self._lie_apart(joined):
                 for part in divided(product):
                     self._project([part])
             else:
-                self._project([candidate for candidate in products if _may_join(candidate, product)])
+                self._project(joined)
         result = block.terminator.operands[0]
         return self.pieces.get(result) or (self._value(result),)
 
@@ -107,9 +112,16 @@ class BodyWalk:
             result = self.b.op("Add", result, self._by_row(own_bias))
         self.context.values[product.result] = result
 
+    def _lie_apart(self, joined: Sequence[Product]) -> bool:
+        """Whether the weights of products can be read in place, which they could not as one."""
+        parts = [part for product in joined for part in divided(product)]
+        return len(parts) > 1 and all(self.context.in_place(_row(part.weight, 0, self.context)) for part in parts)
+
     def _by_expert(self, rows: Value) -> Sequence[ir.Value]:
         if rows is self.tokens:
             return self.rows.by_expert()
+        if rows in self.pieces:
+            return self.pieces[rows]
         if self.rows.experts == 1:
             return (self._value(rows),)
         return self.b.ops("Split", self._value(rows), self.rows.counts(), outputs=self.rows.experts, axis=0)
@@ -138,6 +150,8 @@ class BodyWalk:
             if len(stack.shape) > 1 or tensor_of(op.results[0]).rank != 2:
                 raise refuse(op, "it combines rows and a weight of each expert in a way that has no grouped form")
             self.context.values[value] = self._by_row(stack)
+        if self.each and self._emit_each(op):
+            return
         for value in op.operands:
             self._value(value)
         if mixed and is_spread(op) and self._is_by_row(self.stacks[mixed[0]]):
@@ -145,6 +159,19 @@ class BodyWalk:
             return
         values = emit_operation(self.context, op)
         self.context.values.update(zip(op.results, values, strict=False))
+
+    def _emit_each(self, op: Operation) -> bool:
+        """The operation on the rows of each expert, where they lie in pieces; False where they do not."""
+        computed = [value for value in dict.fromkeys(op.operands) if not isinstance(value.defining_op, ConstantOp)]
+        if not computed or any(value not in self.pieces for value in computed):
+            return False
+        results = []
+        for parts in zip(*[self.pieces[value] for value in computed], strict=True):
+            inner = self.context.nested({"tokens": partial(self.b.op, "Shape", parts[0], start=0, end=1)})
+            inner.values.update(zip(computed, parts, strict=True))
+            results.append(emit_operation(inner, op))
+        self.pieces.update(zip(op.results, zip(*results, strict=True), strict=False))
+        return True
 
     def _emit_norm(self, op: RMSNormOp | LayerNormOp) -> None:
         b = self.b
@@ -175,7 +202,7 @@ class BodyWalk:
 
 def _row(stack: Stacks, index: int, context: Context) -> Expression:
     """The weight of an expert, which may be that of all."""
-    return row_of(stack.expression, 0 if stack.is_shared else index, context.weights)
+    return simplified(row_of(stack.expression, 0 if stack.is_shared else index, context.weights), context.weights)
 
 
 def _row_name(stack: Stacks, index: int) -> str:

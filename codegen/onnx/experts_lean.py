@@ -46,15 +46,16 @@ def _class_output(
     """What a class of experts makes of its rows, in pieces that follow each other."""
     _, _, region = list(op.class_operands())[number]
     with context.builder.scope(f"class_{number}" if len(op.classes) > 1 else "experts"):
-        walk = BodyWalk(context, op, ClassRows(context.builder, x, slots, number), apart=_apart(context, op))
+        rows = ClassRows(context.builder, x, slots, number)
+        apart = _apart(context, op)
+        walk = BodyWalk(context, op, rows, apart=apart, each=apart and context.options.target.profile.contrib)
         return walk.run(region.block, class_stacks(context, op, number))
 
 
 def _apart(context: Context, op: ExpertsOp) -> bool:
     """Whether gate and up are products of their own."""
     if context.options.weights_in_place:
-        # half a tensor of the checkpoint may not be what lies in one piece there
-        return False
+        return False  # where the tensors of the checkpoint are apart, the walk sees it
     limit = ONE_NODE_EXPERTS if context.options.target.profile.contrib else PORTABLE_APART_EXPERTS
     return op.expert_count < limit
 

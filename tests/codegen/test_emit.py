@@ -144,8 +144,9 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert next(file.nbytes for file in report.files if file.name == DATA_FILE) == 40 * 16 * 4
 
 
+@pytest.mark.parametrize("parts", [1, 2], ids=["gate and up together", "gate and up apart"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_weights_in_place(stored: torch.dtype, tmp_path: Path) -> None:
+def test_weights_in_place(stored: torch.dtype, parts: int, tmp_path: Path) -> None:
     """Per-expert tensors of a checkpoint are read where they are, without a weight written, and cast when loaded."""
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
@@ -153,13 +154,17 @@ def test_weights_in_place(stored: torch.dtype, tmp_path: Path) -> None:
     tensors = {}
     for name, tensor in source.weights._in_memory.items():
         if tensor.ndim == 3:
-            tensors.update({f"{name}.{expert}": part.to(stored).contiguous() for expert, part in enumerate(tensor)})
+            for expert, matrix in enumerate(tensor):
+                for number, part in enumerate(matrix.chunk(parts if "gate_up" in name else 1)):
+                    tensors[f"{name}.{expert}.{number}"] = part.to(stored).contiguous()
         else:
             tensors[name] = tensor.to(stored)
     save_file(tensors, checkpoint / "model.safetensors")
     for op in source.main.body:
         if isinstance(op, WeightOp):
-            text = f"stack(0, {op.weight_name}.{{0:8}})" if "router" not in op.weight_name else op.weight_name
+            text = f"stack(0, {op.weight_name}.{{0:8}}.0)" if "router" not in op.weight_name else op.weight_name
+            if "gate_up" in text and parts == 2:
+                text = f"concat(1, {text}, stack(0, {op.weight_name}.{{0:8}}.1))"
             op.source = text if stored is torch.float32 else f"cast({text}, f32)"
     module = Module(source.op, WeightContext(Checkpoint.open(checkpoint)), SourceFacts("module"))
     expected = reference(module, _x())["y"]
