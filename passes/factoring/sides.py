@@ -52,20 +52,19 @@ def with_matrices(expert: FeedForward, matrices: Mapping[Side, Matrix]) -> FeedF
     return replace(expert, gate=gate, up=changed(Side.UP, expert.up), down=changed(Side.DOWN, expert.down))
 
 
-def parameters(expert: FeedForward) -> int:
-    """Numbers in the matrices of an expert that are its own: shared ones and biases do not count."""
+def parameters(expert: FeedForward, *, shared: bool = False) -> int:
+    """Numbers in the matrices of an expert; those that it shares with others only if `shared`. Biases do not count."""
     found = (projection(expert, side) for side in Side)
-    return sum(_numbers(item.matrix) for item in found if item is not None)
+    return sum(_numbers(item.matrix, shared) for item in found if item is not None)
 
 
-def _numbers(matrix: Matrix) -> int:
+def _numbers(matrix: Matrix, shared: bool) -> int:
     if isinstance(matrix, Dense):
         return matrix.weight.numel()
     if isinstance(matrix, PartlyLowRank):
-        return matrix.whole.numel() + _numbers(matrix.rest)
-    return (0 if matrix.left_is_shared else matrix.left.numel()) + (
-        0 if matrix.right_is_shared else matrix.right.numel()
-    )
+        return matrix.whole.numel() + _numbers(matrix.rest, shared)
+    own = [(matrix.left, not matrix.left_is_shared), (matrix.right, not matrix.right_is_shared), (matrix.base, False)]
+    return sum(tensor.numel() for tensor, is_own in own if tensor is not None and (is_own or shared))
 
 
 @dataclass
