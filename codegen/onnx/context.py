@@ -25,6 +25,7 @@ from moec.weights.expression import Cast, Expression, Transpose
 from moec.weights.expression_parser import parse_expression
 
 if TYPE_CHECKING:
+    from moec.codegen.onnx.common_experts import CommonExperts
     from moec.codegen.onnx.expert_plan import ExpertsPlan
     from moec.codegen.onnx.fallback_function import FallbackForm
     from moec.codegen.onnx.lower_moe import LayerLowering
@@ -85,6 +86,8 @@ class Context:
     lowerings: list[LayerLowering] = field(default_factory=list)
     fallbacks: list[FallbackForm] = field(default_factory=list)
     functions: dict[str, ir.Function] = field(default_factory=dict)
+    # layers that have experts in common, within themselves or with others
+    common: dict[Operation, CommonExperts] = field(default_factory=dict)
     # decided before emission: each layer of experts, additions that a fused node computes too, and what is part of one
     plans: dict[Operation, ExpertsPlan] = field(default_factory=dict)
     taken_over: dict[Operation, Callable[[Context, Operation], tuple[ir.Value, ...]]] = field(default_factory=dict)

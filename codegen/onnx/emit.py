@@ -56,13 +56,15 @@ class EmittedFile:
 class OnnxReport:
     """What was emitted.
 
-    `node_count` is that of the main graph; `without_genai` says why there is no genai_config.json, None if there is.
+    `node_count` is that of the main graph, `weight_bytes` the size of all weights without gaps between them;
+    `without_genai` says why there is no genai_config.json, None if there is.
     """
 
     target: Target
     opset: int
     ir_version: int
     node_count: int
+    weight_bytes: int
     files: tuple[EmittedFile, ...]
     layers: tuple[LayerLowering, ...]
     without_genai: str | None
@@ -107,7 +109,14 @@ def emit_onnx(
     without_genai = write_genai_config(module, folder, MODEL_FILE)
     write_lowering_report(folder, target, tuple(context.lowerings))
     return OnnxReport(
-        target, profile.opset, profile.ir_version, len(builder.nodes), files, tuple(context.lowerings), without_genai
+        target,
+        profile.opset,
+        profile.ir_version,
+        len(builder.nodes),
+        sum(tensor.nbytes for tensor in builder.stored),
+        files,
+        tuple(context.lowerings),
+        without_genai,
     )
 
 

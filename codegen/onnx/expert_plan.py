@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from moec.codegen.onnx.common_experts import find_common
 from moec.codegen.onnx.context import Context, tensor_of
 from moec.codegen.onnx.cost_model import Choice, ExpertsShape, Lowering, choose, predict
 from moec.codegen.onnx.expert_form import FusedForm, NotFused, fused_form
@@ -38,14 +39,15 @@ class ExpertsPlan:
 
 def plan_layers(context: Context, function: FuncOp) -> None:
     """Fills the plans of `context`: of each layer, and of each addition that a fused node takes over."""
-    for op in function.body:
-        if isinstance(op, ExpertsOp):
-            plan = _plan(context, op)
-            context.plans[op] = plan
-            if plan.shared is not None:
-                context.plans[plan.shared.total] = plan
-                context.taken_over[plan.shared.total] = emit_with_shared
-                context.skipped.update(plan.shared.inside)
+    layers = [op for op in function.body if isinstance(op, ExpertsOp)]
+    context.common.update(find_common(context, layers))
+    for op in layers:
+        plan = _plan(context, op)
+        context.plans[op] = plan
+        if plan.shared is not None:
+            context.plans[plan.shared.total] = plan
+            context.taken_over[plan.shared.total] = emit_with_shared
+            context.skipped.update(plan.shared.inside)
 
 
 def experts_shape(op: ExpertsOp) -> ExpertsShape:
@@ -94,6 +96,8 @@ def _fused_or_refusal(context: Context, op: ExpertsOp) -> tuple[FusedForm | None
         return None, "the target has no com.microsoft operators", None
     if options.weights_in_place:
         return None, "it needs its weights in another layout than the checkpoint's", None
+    if op in context.common:
+        return None, "its experts occur again, and would be stored again", None
     try:
         form = fused_form(context, op)
         check_gates(context, op)

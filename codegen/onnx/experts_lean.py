@@ -57,7 +57,8 @@ def _apart(context: Context, op: ExpertsOp) -> bool:
     if context.options.weights_in_place:
         return False  # where the tensors of the checkpoint are apart, the walk sees it
     limit = ONE_NODE_EXPERTS if context.options.target.profile.contrib else PORTABLE_APART_EXPERTS
-    return op.expert_count < limit
+    common = context.common.get(op)
+    return (op.expert_count if common is None else common.most_experts) < limit
 
 
 def class_stacks(context: Context, op: ExpertsOp, number: int) -> list[Stacks]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertClass, ExpertsOp
 from moec.ir import Operation, Region, TensorType, Value
-from moec.weights.expression import Cast, Expression
+from moec.weights.expression import Cast, Expression, Slice
 from moec.weights.expression_parser import parse_expression
-from moec.weights.rows import row_of
+from moec.weights.rows import joined_parts, row_of, simplified
 
 if TYPE_CHECKING:
     from moec.module import Module
@@ -23,13 +23,13 @@ class WeightUse:
     """One distinct weight; of a stack of experts, that of one expert.
 
     `op` is the first operation that names it, `expression` what it is, without casts. `elements` and `bytes` are those
-    of the weight as it is stored. One token reads the share `read` of it on average, if the router prefers no expert,
-    and multiplies it `products` times (0 for what is only added, scaled or looked up).
+    of the weight as it is stored; what is joined of several tensors counts as those. One token reads the share `read`
+    of it on average, if the router prefers no expert, and multiplies it `products` times (0 for what is only added,
+    scaled or looked up).
     """
 
     op: WeightOp
-    expression: str
-    shape: tuple[int, ...]
+    expression: Expression
     elements: int
     bytes: int
     read: float
@@ -41,12 +41,16 @@ def weight_uses(module: Module) -> tuple[WeightUse, ...]:
 
     Experts that several layers, router outputs or stacks name are one weight, as they are in an artifact.
     """
-    found: dict[str, WeightUse] = {}
+    found: dict[Expression, WeightUse] = {}
     for op in module.op.walk():
-        if isinstance(op, WeightOp):
+        if isinstance(op, WeightOp) and op.value.uses:
             for use in _uses_of(module, op):
                 known = found.get(use.expression)
                 found[use.expression] = use if known is None else _together(known, use)
+    for key in list(found):
+        if isinstance(key, Slice) and key.operand in found:
+            # a part of what is there as a whole, which is not stored again
+            found[key.operand] = _together(found[key.operand], found.pop(key))
     return tuple(found.values())
 
 
@@ -58,8 +62,9 @@ def without_cast(expression: Expression) -> Expression:
 
 
 def _together(known: WeightUse, again: WeightUse) -> WeightUse:
-    read, products = min(known.read + again.read, 1.0), known.products + again.products
-    return WeightUse(known.op, known.expression, known.shape, known.elements, known.bytes, read, products)
+    share = again.elements / max(known.elements, 1)
+    read, products = min(known.read + share * again.read, 1.0), known.products + share * again.products
+    return WeightUse(known.op, known.expression, known.elements, known.bytes, read, products)
 
 
 def _uses_of(module: Module, op: WeightOp) -> Iterator[WeightUse]:
@@ -85,14 +90,14 @@ def _uses_of(module: Module, op: WeightOp) -> Iterator[WeightUse]:
                     if len(shape) >= 2:
                         products += min(slots, 1.0) if _reads_tokens_only(region, argument) else slots
     if stacked is None:
-        yield WeightUse(op, str(whole), shape, elements, elements * itemsize, read, products)
+        yield WeightUse(op, whole, elements, elements * itemsize, read, products)
         return
-    count = shape[0]
     for row, slots in enumerate(_slots_by_row(op)):
-        expression = str(without_cast(row_of(whole, row, module.weights)))
+        parts = joined_parts(simplified(row_of(whole, row, module.weights), module.weights))
         multiplied = slots if len(shape) >= 3 else 0.0
-        each = elements // count
-        yield WeightUse(op, expression, shape[1:], each, each * itemsize, min(slots, 1.0), multiplied)
+        for part in parts:
+            each = elements // shape[0] if len(parts) == 1 else math.prod(module.weights.shape_dtype(part)[0])
+            yield WeightUse(op, part, each, each * itemsize, min(slots, 1.0), multiplied)
 
 
 def _slots_by_row(op: WeightOp) -> list[float]:

@@ -39,3 +39,59 @@ def row_of(stack: Expression, index: int, weights: WeightContext) -> Expression:
             return Fp8Block(row_of(weight, index, weights), row_of(scale, index, weights), rows, columns)
     shape = weights.shape_dtype(stack)[0]
     return Reshape(Slice(stack, 0, index, index + 1, 1), shape[1:])
+
+
+def simplified(expression: Expression, weights: WeightContext) -> Expression:
+    """The same tensor, so that a part of it has one expression whether it was cut out of the whole or not.
+
+    A slice of a concatenation that lies in one of its parts is a slice of that part; slices that follow each other
+    and make up a tensor are that tensor.
+    """
+    match expression:
+        case Cast(operand, dtype):
+            return Cast(simplified(operand, weights), dtype)
+        case Transpose(operand, first, second):
+            return Transpose(simplified(operand, weights), first, second)
+        case Slice(operand, dim, start, stop, step):
+            return _cut(simplified(operand, weights), dim, range(start, stop, step), weights)
+        case Concat(dim, parts):
+            return _joined(dim, tuple(simplified(part, weights) for part in parts), weights)
+    return expression
+
+
+def joined_parts(expression: Expression) -> tuple[Expression, ...]:
+    """The tensors that `expression` joins, without casts; itself where it joins none."""
+    while isinstance(expression, Cast):
+        expression = expression.operand
+    if isinstance(expression, Concat):
+        return tuple(found for part in expression.parts for found in joined_parts(part))
+    return (expression,)
+
+
+def _cut(operand: Expression, dim: int, kept: range, weights: WeightContext) -> Expression:
+    if isinstance(operand, Cast):
+        return Cast(_cut(operand.operand, dim, kept, weights), operand.dtype)
+    if isinstance(operand, Concat) and operand.dim == dim and kept:
+        start = 0
+        for part in operand.parts:
+            size = weights.shape_dtype(part)[0][dim]
+            if start <= kept[0] and kept[-1] < start + size:
+                return _cut(part, dim, range(kept.start - start, kept.stop - start, kept.step), weights)
+            start += size
+    if kept == range(weights.shape_dtype(operand)[0][dim]):
+        return operand
+    return Slice(operand, dim, kept.start, kept.stop, kept.step)
+
+
+def _joined(dim: int, parts: tuple[Expression, ...], weights: WeightContext) -> Expression:
+    if all(isinstance(part, Cast) for part in parts):
+        casts = [part for part in parts if isinstance(part, Cast)]
+        if len({part.dtype for part in casts}) == 1:
+            return Cast(_joined(dim, tuple(part.operand for part in casts), weights), casts[0].dtype)
+    slices = [part for part in parts if isinstance(part, Slice) and (part.dim, part.step) == (dim, 1)]
+    if len(slices) == len(parts) and all(part.operand == slices[0].operand for part in slices):
+        ends = [0, *[part.stop for part in slices]]
+        follow = [part.start for part in slices] == ends[:-1]
+        if follow and ends[-1] == weights.shape_dtype(slices[0].operand)[0][dim]:
+            return slices[0].operand
+    return Concat(dim, parts)

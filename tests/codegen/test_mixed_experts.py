@@ -32,6 +32,7 @@ HIDDEN = 12
 Kinds = list[tuple[Kind, tuple[int, ...]]]
 
 LAYERS: dict[str, tuple[Kinds, tuple[int, ...]]] = {
+    "equal": ([(dense(HIDDEN, 8), (0, 1, 2, 3))], (0, 1, 2, 3)),
     "ragged widths": (
         [(dense(HIDDEN, 8, name="wide"), (0, 3)), (dense(HIDDEN, 5, name="narrow"), (1, 2, 4))],
         (0, 1, 2, 3, 4),
@@ -132,7 +133,7 @@ def test_float16(name: str, target: Target, tmp_path: Path) -> None:
     assert_close(found["y"], reference(module, feeds)["y"])
 
 
-FUSED = {"aliases"}
+FUSED = {"equal", "aliases"}
 REASONS = {
     "ragged widths": "2 classes of experts",
     "low rank": "not two products",
