@@ -20,6 +20,9 @@ ONE_NODE_EXPERTS = 128
 # weights instead of copying them, and does not slow down with experts that are not used.
 _MARGIN, _ONE_NODE_MARGIN = 0.9, 1.1
 
+# Activations expert by expert find their rows in the cache, at the price of two more nodes per expert, used or not.
+_EACH_EXPERT, _EACH_SHARE = 0.8e-6, 0.03
+
 _LEAN_LAYER, _LEAN_EXPERT, _LEAN_ROW = 15e-6, 0.82e-6, 0.6e-6
 _FUSED_LAYER, _FUSED_EXPERT, _FUSED_ROW = 12e-6, 0.5e-6, 1.5e-6
 _READ = 28e9
@@ -66,6 +69,11 @@ def predict(shape: ExpertsShape, tokens: int) -> dict[Lowering, float]:
     fused = _FUSED_LAYER + used * _FUSED_EXPERT + rows * _FUSED_ROW + multiply
     fused += one_row * nbytes / _FUSED_READ_ONE_ROW + (used - one_row) * nbytes / _FUSED_READ_MANY_ROWS
     return {Lowering.LEAN: lean, Lowering.LEAN_FUNCTION: lean, Lowering.FUSED: fused}
+
+
+def computes_each(experts: int, choice: Choice) -> bool:
+    """Whether a layer is so large that its activations may cost two nodes for each of its `experts`."""
+    return experts * _EACH_EXPERT <= _EACH_SHARE * min(choice.seconds.values())
 
 
 def choose(shape: ExpertsShape, tokens: int, target: Target, refusal: str | None) -> Choice:

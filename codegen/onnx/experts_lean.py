@@ -1,7 +1,7 @@
 """`moe.experts` in ai.onnx, the lean form: slots sorted by expert, one product per expert and weight, all else once.
 
 `Split` hands every expert its rows; an expert without rows costs one empty product; what has no weights (activations,
-gates) runs once on all rows of a class. Two or three products per expert and some thirty other nodes make a layer of
+gates) runs once on all rows of a class, or expert by expert in a large layer. Two or three products per expert and some thirty other nodes make a layer of
 equal experts. Measured against other forms it is at the machine's limit (`tests/benchmarks/lowerings.py`).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, refuse, tensor_of
-from moec.codegen.onnx.cost_model import ONE_NODE_EXPERTS
+from moec.codegen.onnx.cost_model import ONE_NODE_EXPERTS, computes_each
 from moec.codegen.onnx.expert_body import BodyWalk
 from moec.codegen.onnx.expert_products import Stacks, shared_stack
 from moec.codegen.onnx.expert_rows import ClassRows, SortedSlots, sort_slots, static_size
@@ -48,7 +48,7 @@ def _class_output(
     with context.builder.scope(f"class_{number}" if len(op.classes) > 1 else "experts"):
         rows = ClassRows(context.builder, x, slots, number)
         apart = _apart(context, op)
-        walk = BodyWalk(context, op, rows, apart=apart, each=apart and context.options.target.profile.contrib)
+        walk = BodyWalk(context, op, rows, apart=apart, each=apart and _each(context, op))
         return walk.run(region.block, class_stacks(context, op, number))
 
 
@@ -59,6 +59,11 @@ def _apart(context: Context, op: ExpertsOp) -> bool:
     limit = ONE_NODE_EXPERTS if context.options.target.profile.contrib else PORTABLE_APART_EXPERTS
     common = context.common.get(op)
     return (op.expert_count if common is None else common.most_experts) < limit
+
+
+def _each(context: Context, op: ExpertsOp) -> bool:
+    """Whether activations are computed expert by expert; the portable form has no nodes to spare for that."""
+    return context.options.target.profile.contrib and computes_each(op.expert_count, context.plans[op].choice)
 
 
 def class_stacks(context: Context, op: ExpertsOp, number: int) -> list[Stacks]:

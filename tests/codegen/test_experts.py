@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
+from moec.artifact.options import OptimizeFor
 from moec.codegen.onnx import parity
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.emit import MODEL_FILE
@@ -251,6 +252,23 @@ def test_other_activations_stay_lean(name: str, tmp_path: Path) -> None:
     choice = report.layers[0].choice
     assert choice.lowering is Lowering.LEAN and "no such activation" in choice.reason
     assert_close(found["y"], reference(module, feeds)["y"])
+
+
+@pytest.mark.parametrize("name", [*FUSED, *REFUSED])
+def test_activations_expert_by_expert(name: str, tmp_path: Path) -> None:
+    """As large layers have them; enough tokens make a small layer one."""
+    between, gated = {**FUSED, **REFUSED}[name]
+    module = _layer(between, gated=gated, bias=name == "gpt-oss")
+    feeds = {"x": _tokens(17)}
+    nodes = []
+    for number, optimize_for in enumerate(OptimizeFor):
+        folder = tmp_path / f"{number}"
+        found, report = emit_and_run(
+            module, feeds, folder, target=Target.ORT_CPU, lowering=Lowering.LEAN, optimize_for=optimize_for
+        )
+        assert_close(found["y"], reference(module, feeds)["y"])
+        nodes.append(report.node_count)
+    assert nodes[list(OptimizeFor).index(OptimizeFor.PREFILL)] >= min(nodes) + EXPERTS - 3
 
 
 @pytest.mark.parametrize(
