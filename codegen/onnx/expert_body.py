@@ -17,7 +17,7 @@ from moec.dialects.moe import ExpertsOp
 from moec.dialects.nn import LayerNormOp, RMSNormOp
 from moec.ir.operation import Block, Operation, Value
 from moec.weights.expression import Concat, Expression, Transpose
-from moec.weights.rows import row_of, simplified, simplified
+from moec.weights.rows import row_of, simplified
 
 
 class BodyWalk:

@@ -1,8 +1,9 @@
 """`moe.experts` in ai.onnx, the lean form: slots sorted by expert, one product per expert and weight, all else once.
 
 `Split` hands every expert its rows; an expert without rows costs one empty product; what has no weights (activations,
-gates) runs once on all rows of a class, or expert by expert in a large layer. Two or three products per expert and some thirty other nodes make a layer of
-equal experts. Measured against other forms it is at the machine's limit (`tests/benchmarks/lowerings.py`).
+gates) runs once on all rows of a class, or expert by expert in a large layer of the target ort-cpu. Two or three
+products per expert and some thirty other nodes make a layer of equal experts. Measured against other forms it is at the
+machine's limit (`tests/benchmarks/lowerings.py`).
 """
 
 from __future__ import annotations
