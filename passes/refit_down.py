@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,11 +23,12 @@ class RefitDown(Pass):
     cost: half and more after merging (MergeMoE, arXiv 2510.14436, refits merged experts alone). Of factored
     projections the left factor is fitted, of shared ones none; protected experts stay.
 
-    1. The ridge pulls towards the weights as they are: nothing changes where the layer is exact or an expert unused.
+    1. A ridge pulls towards the weights as they are: nothing changes where the layer is exact or an expert unused.
+       It also lets few tokens do: of several ridges, the one with the least error on held-out tokens is taken.
     2. `joint` solves for all experts of a layer at once, `expert` for one after the other, in `sweeps`; `auto` is
        joint unless that takes too much memory.
-    3. A guard fits without `hold-out` of the sequences, and rejects the fit of a layer whose error on those would not
-       fall, or for which there are too few tokens.
+    3. A guard fits without a share `hold-out` of the sequences, and rejects the fit of a layer whose error on those
+       would not fall. Less than `least-tokens` tokens are not enough for the guard itself.
     """
 
     claim: ClassVar[Claim] = Claim.LOSSY
@@ -36,24 +38,24 @@ class RefitDown(Pass):
     exact = Statistic("layers without an error to fit")
 
     scope: FitScope = option("which experts of a layer are fitted at once", FitScope.AUTO)
-    ridge: float = option("weight of the change against the error, relative to the mean square of a neuron", 1e-2)
+    ridge: tuple[float, ...] = option(
+        "weights of the change against the error; the best one is taken", (1e-3, 1e-2, 1e-1)
+    )
     hold_out: float = option("share of the calibration sequences that the fit is checked on", 0.2)
-    tokens_per_row: float = option("tokens needed for each neuron that is fitted", 4.0)
+    least_tokens: int = option("rows of the sample without which nothing is fitted", 2048)
     sweeps: int = option("times that `expert` goes over the experts of a layer", 3)
 
     def __post_init__(self) -> None:
-        if not self.ridge > 0:
-            raise ValueError("ridge must be above 0")
+        if not self.ridge or not all(0 < ridge < math.inf for ridge in self.ridge):
+            raise ValueError("each ridge must be above 0")
         if not 0 < self.hold_out < 1:
             raise ValueError(f"hold-out {self.hold_out:g} is not within 0 < hold-out < 1")
-        if self.tokens_per_row < 0:
-            raise ValueError("tokens-per-row must not be negative")
         if self.sweeps < 1:
             raise ValueError("sweeps must be at least 1")
 
     def run(self, op: Operation, context: PassContext) -> None:
         calibration, weights = context.require_calibration(), context.require_weights()
-        settings = FitSettings(self.scope, self.ridge, self.hold_out, self.tokens_per_row, self.sweeps)
+        settings = FitSettings(self.scope, self.ridge, self.hold_out, self.least_tokens, self.sweeps)
         for unreadable in find_unreadable(op):
             context.refuse(unreadable.op, unreadable.reason, self.pass_name)
         for layer in find_moe_layers(op):

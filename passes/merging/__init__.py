@@ -22,7 +22,7 @@ from moec.passes.merging.grouping import (
     spectral_groups,
     strongest_of,
 )
-from moec.passes.merging.least_squares import held_out_rows, mean_square, ridge_change
+from moec.passes.merging.least_squares import held_out_rows, mean_square, ridge_changes
 from moec.passes.merging.neurons import NeuronTable, UnmergeableExpertError, merge_tables
 from moec.passes.merging.planning import GroupedLayer, GroupingPlan, GroupingRequest, plan_groups
 from moec.passes.merging.recombination import ClusterStart, Recombined, recombine, segment_directions
@@ -59,7 +59,7 @@ __all__ = [
     "plan_groups",
     "recombine",
     "require_room",
-    "ridge_change",
+    "ridge_changes",
     "router_cosine",
     "segment_directions",
     "solve_facility",

@@ -10,7 +10,7 @@ import torch
 
 from moec.calibration.sample import LayerSample
 from moec.experts import Dense, Expert, FeedForward, LowRank, MoeLayer, load_expert
-from moec.passes.merging.least_squares import held_out_rows, mean_square, ridge_change
+from moec.passes.merging.least_squares import held_out_rows, mean_square, ridge_changes
 from moec.weights.context import WeightContext
 
 EXACT = 1e-10
@@ -27,13 +27,13 @@ class FitScope(Enum):
 
 @dataclass(frozen=True)
 class FitSettings:
-    """`ridge` weighs the change against the error; `hold_out` is the share of rows that the fit is checked on;
-    `tokens_per_row`: rows of the sample needed for each row of unknowns; `sweeps` over the experts of a layer."""
+    """`ridges` weigh the change against the error, the best one is taken; `hold_out` is the share of rows that the fit
+    is checked on; fewer rows than `least_tokens` are not fitted; `sweeps` over the experts of a layer."""
 
     scope: FitScope
-    ridge: float
+    ridges: tuple[float, ...]
     hold_out: float
-    tokens_per_row: float
+    least_tokens: int
     sweeps: int
 
 
@@ -99,27 +99,21 @@ def fit_layer(
         return LayerFit({}, problem="no expert of it can be fitted")
     if mean_square(residual) <= EXACT * mean_square(sample.y):
         return LayerFit({}, exact=True)
+    if len(sample) < settings.least_tokens:
+        return LayerFit({}, problem=f"{len(sample)} tokens are too few, at least {settings.least_tokens} are needed")
     held = held_out_rows(sample.sequence, settings.hold_out, generator)
-    joint = _is_joint(parts, len(sample), settings.scope)
     kept = ~held
-    if joint:
-        unknowns = sum(part.unknowns for part in parts)
-        problem = _shortage(int(kept.sum()), unknowns, settings)
-    else:
-        enough = [part for part in parts if not _shortage(int(kept[part.rows].sum()), part.unknowns, settings)]
-        least = min(parts, key=lambda part: part.unknowns)
-        problem = "" if enough else _shortage(int(kept[least.rows].sum()), least.unknowns, settings)
-        parts = enough
-    if problem:
-        return LayerFit({}, problem=problem)
-    solve = _solve_joint if joint else _solve_each
-    trial = solve(parts, residual, kept, settings)
+    if not held.any() or not kept.any():
+        return LayerFit({}, problem=f"{len(sample)} tokens are too few to hold some of them out")
+    joint = _is_joint(parts, len(sample), settings.scope)
+    trials = _solve(parts, residual, kept, settings, settings.ridges, joint=joint)
     energy = mean_square(sample.y[held])
     before = mean_square(residual[held]) / energy
-    after = mean_square(_remainder(parts, residual, trial)[held]) / energy
+    errors = [mean_square(_remainder(parts, residual, trial)[held]) / energy for trial in trials]
+    after, ridge = min(zip(errors, settings.ridges, strict=True))
     if not after < before:
-        return LayerFit({}, before, after, f"the error on held-out tokens would go from {before:.4g} to {after:.4g}")
-    changes = solve(parts, residual, torch.ones_like(kept), settings)
+        return LayerFit({}, before, after, f"the error on held-out tokens would go from {before:.2%} to {after:.2%}")
+    (changes,) = _solve(parts, residual, torch.ones_like(kept), settings, [ridge], joint=joint)
     experts = {part.number: part.changed(change) for part, change in zip(parts, changes, strict=True)}
     return LayerFit(experts, before, after)
 
@@ -160,36 +154,36 @@ def _is_joint(parts: Sequence[_Part], rows: int, scope: FitScope) -> bool:
     return unknowns <= JOINT_UNKNOWNS and unknowns * rows <= JOINT_ELEMENTS
 
 
-def _shortage(rows: int, unknowns: int, settings: FitSettings) -> str:
-    if rows >= settings.tokens_per_row * unknowns:
-        return ""
-    return (
-        f"{rows} tokens are too few for {unknowns} neurons: at least "
-        f"{int(settings.tokens_per_row * unknowns)} are needed, besides those held out"
-    )
+def _solve(
+    parts: Sequence[_Part],
+    residual: torch.Tensor,
+    use: torch.Tensor,
+    settings: FitSettings,
+    ridges: Sequence[float],
+    *,
+    joint: bool,
+) -> list[list[torch.Tensor]]:
+    """For each ridge the change [u, H] of each part, from the rows `use`."""
+    if joint:
+        sizes = [part.unknowns for part in parts]
+        features = torch.zeros(len(residual), sum(sizes), dtype=torch.float64)
+        for part, columns in zip(parts, torch.split(features, sizes, dim=1), strict=True):
+            columns[part.rows] = part.features
+        return [list(torch.split(change, sizes)) for change in ridge_changes(features[use], residual[use], ridges)]
+    return [_sweep(parts, residual, use, ridge, settings.sweeps) for ridge in ridges]
 
 
-def _solve_joint(
-    parts: Sequence[_Part], residual: torch.Tensor, use: torch.Tensor, settings: FitSettings
-) -> list[torch.Tensor]:
-    sizes = [part.unknowns for part in parts]
-    features = torch.zeros(len(residual), sum(sizes), dtype=torch.float64)
-    for part, columns in zip(parts, torch.split(features, sizes, dim=1), strict=True):
-        columns[part.rows] = part.features
-    return list(torch.split(ridge_change(features[use], residual[use], settings.ridge), sizes))
-
-
-def _solve_each(
-    parts: Sequence[_Part], residual: torch.Tensor, use: torch.Tensor, settings: FitSettings
+def _sweep(
+    parts: Sequence[_Part], residual: torch.Tensor, use: torch.Tensor, ridge: float, sweeps: int
 ) -> list[torch.Tensor]:
     """One expert after the other takes what the others leave; each sweep lowers the error further."""
     left = residual.clone()
     changes = [torch.zeros(part.unknowns, residual.shape[1], dtype=torch.float64) for part in parts]
-    for _ in range(settings.sweeps):
+    for _ in range(sweeps):
         for part, change in zip(parts, changes, strict=True):
             wanted = left[part.rows] + part.features @ change
             inside = use[part.rows]
-            new = ridge_change(part.features[inside], wanted[inside], settings.ridge)
+            (new,) = ridge_changes(part.features[inside], wanted[inside], [ridge])
             left.index_add_(0, part.rows, part.features @ (change - new))
             change.copy_(new)
     return changes

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
-def ridge_change(features: torch.Tensor, residual: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The change W [u, H] that minimises `|residual - features W|^2 + ridge * s * |W|^2` in float64.
+def ridge_changes(features: torch.Tensor, residual: torch.Tensor, ridges: Sequence[float]) -> list[torch.Tensor]:
+    """For each of `ridges` the change W [u, H] that minimises `|residual - features W|^2 + ridge * s * |W|^2`, float64.
 
-    `features` [n, u], `residual` [n, H]; s is the mean square of a feature over the rows, summed, so that `ridge` has
-    no unit. A change towards zero: where nothing is left to explain, or a feature never acts, nothing changes.
+    `features` [n, u], `residual` [n, H]; s is the mean over features of their summed squares, so that ridges have no
+    unit. A change towards zero: where nothing is left to explain, or a feature never acts, nothing changes.
     """
     features, residual = features.double(), residual.double()
-    gram = features.T @ features
+    gram, moments = features.T @ features, features.T @ residual
     scale = float(gram.diagonal().mean()) if len(gram) else 0.0
     if scale == 0.0:
-        return torch.zeros(features.shape[1], residual.shape[1], dtype=torch.float64)
-    gram.diagonal().add_(ridge * scale)
-    return torch.cholesky_solve(features.T @ residual, torch.linalg.cholesky(gram))
+        return [torch.zeros_like(moments) for _ in ridges]
+    diagonal = gram.diagonal().clone()
+    result = []
+    for ridge in ridges:
+        gram.diagonal().copy_(diagonal + ridge * scale)
+        result.append(torch.cholesky_solve(moments, torch.linalg.cholesky(gram)))
+    return result
 
 
 def mean_square(residual: torch.Tensor) -> float:
