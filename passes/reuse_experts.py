@@ -55,7 +55,7 @@ class ReuseExperts(Pass):
     def __post_init__(self) -> None:
         if self.group < 2:
             raise ValueError("group must be at least 2")
-        if not 0 <= self.max_distortion:
+        if self.max_distortion < 0:
             raise ValueError(f"max-distortion {self.max_distortion:g} is negative")
 
     def run(self, op: Operation, context: PassContext) -> None:
@@ -134,30 +134,30 @@ class ReuseExperts(Pass):
         weights, calibration = context.require_weights(), context.require_calibration()
         for place, layer in enumerate(group):
             sample = calibration.sample(layer)
-            rows_of = {}
+            chosen = {}
             for number in sorted(set(range(layer.expert_count)) - layer.protected):
                 rows, gates = sample.chosen(layer, number)
                 if not len(rows):
                     context.count(self.unrouted)
                     continue
-                x = sample.x[rows].float()
-                weighted = load_expert(layer, weights, number).apply(x).double() * gates[:, None]
-                rows_of[number] = (x, gates, weighted)
+                chosen[number] = (rows, gates, load_expert(layer, weights, number).apply(sample.x[rows].float()))
             for other_place, other in enumerate(group):
                 if other_place == place:
                     continue
                 for candidate in range(other.expert_count):
                     expert = load_expert(other, weights, candidate)
-                    for number, (x, gates, weighted) in rows_of.items():
-                        changed = expert.apply(x).double() * gates[:, None] - weighted
-                        distortion = _share(changed, weighted)
+                    for number, (rows, gates, output) in chosen.items():
+                        changed = expert.apply(sample.x[rows].float()) - output
+                        distortion = _share(changed, output, gates)
                         if distortion <= self.max_distortion:
                             yield _Redirect(BankExpert(place, number), BankExpert(other_place, candidate), distortion)
 
 
-def _share(changed: torch.Tensor, weighted: torch.Tensor) -> float:
-    """Σ‖changed‖² as a share of Σ‖weighted‖², rows [n, H]; infinite where only the latter is zero."""
-    change, energy = float(changed.square().sum()), float(weighted.square().sum())
+def _share(changed: torch.Tensor, output: torch.Tensor, gates: torch.Tensor) -> float:
+    """Σ g² ‖changed‖² as a share of Σ g² ‖output‖², rows [n, H]; infinite where only the latter is zero."""
+    squares = gates.square()
+    change = float(squares @ changed.double().square().sum(1))
+    energy = float(squares @ output.double().square().sum(1))
     if energy > 0:
         return change / energy
     return 0.0 if change == 0 else float("inf")
