@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from moec.artifact.report import read_report
+from moec.codegen.onnx.emit import DATA_FILE
 from tests.slow.memory import run_moec
 from tests.slow.synthetic_checkpoint import CheckpointSize, write_checkpoint
 
@@ -15,6 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("memory")]
 
 BOUND = 2.5 * 2**30
 SIZE = CheckpointSize()
+IN_PLACE = "--weights-in-place"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.param(["--target", "portable"], id="portable"),
         pytest.param(["--target", "ort-cpu"], id="ort-cpu"),
         pytest.param(["--target", "portable", "--dtype", "float16"], id="float16"),
+        pytest.param(["--target", "portable", IN_PLACE], id="in place"),
     ],
 )
 def test_compiling_needs_little_memory(checkpoint: Path, options: list[str], tmp_path: Path) -> None:
@@ -47,5 +51,8 @@ def test_compiling_needs_little_memory(checkpoint: Path, options: list[str], tmp
         size = sum(path.stat().st_size for path in (output / "onnx").iterdir())
         assert size > 8 * 2**30
         assert run.peak_bytes < BOUND
+        assert (output / "onnx" / DATA_FILE).exists() == (IN_PLACE not in options)
+        gates = [layer.parity is not None for layer in read_report(output).lowerings]
+        assert gates == ["ort-cpu" in options] * SIZE.layers
     finally:
         shutil.rmtree(output, ignore_errors=True)
