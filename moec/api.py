@@ -61,6 +61,9 @@ def compile(
     verify: bool = True,
     text: str | Path | None = None,
     store: str | Path | None = None,
+    recipe: str | Path = "",
+    budget: str = "",
+    calibration: str | Path | None = None,
     replace: bool = False,
 ) -> CompileResult:
     """Compiles a Hugging Face folder into the artifact folder `output`; the options are those of `moec compile`.
@@ -80,12 +83,19 @@ def compile(
         verify=verify,
         text=None if text is None else Path(text),
         store=default_store() if store is None else Path(store),
+        recipe=str(recipe),
+        budget=budget,
+        calibration=None if calibration is None else Path(calibration),
     )
     return compile_folder(Path(source), Path(output), options, replace=replace)
 
 
-def run_passes(module: Module, pipeline: str, *, seed: int = 0) -> PipelineReport:
+def run_passes(
+    module: Module, pipeline: str, *, seed: int = 0, calibration: str | Path | None = None
+) -> PipelineReport:
     """Runs a pipeline on `module` in place, and gives its statistics, refusals and remarks."""
     from moec.pipeline.manager import PassManager, Pipeline
 
-    return PassManager(Pipeline.parse(pipeline)).run(module.op, weights=module.weights, module=module, seed=seed)
+    manager = PassManager(Pipeline.parse(pipeline))
+    file = None if calibration is None else Path(calibration)
+    return manager.run(module.op, weights=module.weights, module=module, seed=seed, calibration_file=file)

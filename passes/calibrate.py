@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from moec.calibration.calibration import Calibration, calibrate_module, starved_experts
-from moec.calibration.data import read_data
+from moec.calibration.data import IDS_SUFFIXES, read_data
 from moec.calibration.walk import WalkSettings
 from moec.errors import UsageError
 from moec.experts.layer import MoeLayer, find_moe_layers, find_unreadable
@@ -49,7 +49,9 @@ class Calibrate(Pass):
     sequences_seen = Statistic("sequences")
     starved = Statistic("experts that fewer than `coverage` tokens chose")
     recalled = Statistic("1 where the result came from the store")
-    text: tuple[Path, ...] = option("text files; without any, texts that moec brings along", ())
+    text: tuple[Path, ...] = option(
+        "text files; without any, what --calibration names, or texts that come with moec", ()
+    )
     tokens: Path | None = option("a file of token ids instead: .npy, or .json with a list or a list of lists", None)
     sequences: int = option("windows to take at most", 128)
     length: int = option("tokens of a window", 64)
@@ -69,8 +71,9 @@ class Calibrate(Pass):
         module = context.module
         if module is None:
             raise UsageError("there is no model to run", hint="name it with --source, or use `moec compile`")
+        texts, tokens = self._files(context.calibration_file)
         data = read_data(
-            module, texts=self.text, tokens=self.tokens, sequences=self.sequences, length=self.length, seed=context.seed
+            module, texts=texts, tokens=tokens, sequences=self.sequences, length=self.length, seed=context.seed
         )
         dtype = torch.float64 if self.precision is Precision.FLOAT64 else torch.float32
         settings = WalkSettings(self.reservoir, self.batch, self.gradients, dtype)
@@ -84,6 +87,12 @@ class Calibrate(Pass):
         for layer in find_moe_layers(op):
             context.count(self.layers)
             self._report(layer, calibration, context)
+
+    def _files(self, given: Path | None) -> tuple[tuple[Path, ...], Path | None]:
+        """Text files and the file of ids: those of the options, else what the whole run was given."""
+        if self.text or self.tokens is not None or given is None:
+            return self.text, self.tokens
+        return ((), given) if given.suffix in IDS_SUFFIXES else ((given,), None)
 
     def _report(self, layer: MoeLayer, calibration: Calibration, context: PassContext) -> None:
         statistics = calibration.statistics(layer)

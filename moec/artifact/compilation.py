@@ -42,6 +42,7 @@ from moec.artifact.verification import BOUND, verification_batch, verify_model
 from moec.codegen.onnx.emit import OnnxReport
 from moec.codegen.onnx.targets import parse_target
 from moec.dialects.builtin import ModuleOp
+from moec.errors import UsageError
 from moec.frontend.huggingface import load_huggingface
 from moec.ir import print_operation
 from moec.module import Module
@@ -80,7 +81,9 @@ def compile_folder(
     `progress` is called with the name of each step. Raises every subclass of MoecError, each for its reason; the output
     folder does not exist then (or is the one that was there before).
     """
-    Pipeline.parse(options.pipeline)  # a mistake in it is reported before any work
+    Pipeline.parse(options.requested_pipeline())  # a mistake in it is reported before any work
+    if options.calibration is not None and not options.calibration.is_file():
+        raise UsageError("there is no such file to calibrate on", where=str(options.calibration))
     parse_target(options.target)
     with atomic_folder(output, replace=replace) as folder, MemoryWatch() as memory:
         watch = Stopwatch(memory)
@@ -99,7 +102,13 @@ def compile_folder(
         with step("passes"):
             recorder = LedgerRecorder(module, options.check, seed=options.seed, text=options.text)
             manager = PassManager(pipeline, observers=(*observers, recorder), reproducer=reproducer)
-            outcome = manager.run(module.op, weights=module.weights, module=module, seed=options.seed)
+            outcome = manager.run(
+                module.op,
+                weights=module.weights,
+                module=module,
+                seed=options.seed,
+                calibration_file=options.calibration,
+            )
         with step("write IR"):
             text = print_operation(module.op, locations=True)
             (folder / MODULE_FILE).write_text(f"{text}\n", encoding="utf-8")
@@ -130,6 +139,7 @@ def compile_folder(
         actual = Cost(seconds=round(watch.seconds, 3), memory_bytes=memory.look(), disk_bytes=disk)
         measurements = Measurements(
             source=str(source.resolve()),
+            calibration="" if options.calibration is None else str(options.calibration.resolve()),
             machine=this_machine(),
             steps=tuple(watch.steps),
             passes=tuple(recorder.times),
@@ -175,6 +185,9 @@ def _manifest(
             check=options.check.value,
             seed=options.seed,
             weights_in_place=options.weights_in_place,
+            recipe=Path(options.recipe).name,
+            budget=options.budget,
+            calibration=None if options.calibration is None else describe_file(options.calibration),
         ),
         versions={"moec": moec.__version__, **{name: version(name) for name in _VERSIONED}},
         ledger=tuple(ledger),

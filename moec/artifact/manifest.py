@@ -41,7 +41,7 @@ class SourceRecord(Record):
 
 
 class BuildRecord(Record):
-    """The options that decide the bytes of the artifact."""
+    """The options that decide the bytes of the artifact. `calibration` is the file that was named for it, if any."""
 
     pipeline: str
     emit: tuple[str, ...]
@@ -51,6 +51,9 @@ class BuildRecord(Record):
     check: str
     seed: int
     weights_in_place: bool
+    recipe: str = ""
+    budget: str = ""
+    calibration: FileRecord | None = None
 
 
 class VerificationRecord(Record):

@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from moec.cache import cache_folder
+from moec.errors import UsageError
 
 RAISING_PIPELINE = "canonicalize,cse,dce,expand-complex,raise-nn,raise-moe,canonicalize,cse,dce"
 """Runs before the passes that a user names: they find norms, attention, routers and experts as single operations."""
@@ -69,7 +70,8 @@ class OptimizeFor(Enum):
 class CompileOptions:
     """Everything that decides the bytes of an artifact besides its source.
 
-    `pipeline` is pipeline text; its passes run between RAISING_PIPELINE and, for decoders, DECODER_PIPELINE.
+    `pipeline` is pipeline text; its passes run between RAISING_PIPELINE and, for decoders, DECODER_PIPELINE. Instead of
+    it there may be a recipe, by name or file, or a budget for the recipe or, without one, for the recipe `best`.
     """
 
     pipeline: str = ""
@@ -86,7 +88,22 @@ class CompileOptions:
     text: Path | None = None
     """Text for the checks and for the verification; None takes a passage that moec brings along."""
 
+    recipe: str = ""
+    budget: str = ""
+    calibration: Path | None = None
+    """Text or token ids for passes that calibrate; None takes texts that moec brings along."""
+
+    def requested_pipeline(self) -> str:
+        """The text of the passes that the user asked for. Raises UsageError for contradictions and unknown recipes."""
+        if not self.recipe and not self.budget:
+            return self.pipeline
+        if self.pipeline:
+            raise UsageError("a pipeline excludes a recipe and a budget", hint="put solve-budget into the pipeline")
+        from moec.pipeline.recipes import BEST, find_recipe
+
+        return find_recipe(self.recipe or BEST).text(self.budget, self.dtype.value)
+
     def full_pipeline(self, *, decoder: bool) -> str:
-        """The text of all passes that a compilation runs."""
-        parts = (RAISING_PIPELINE, self.pipeline, DECODER_PIPELINE if decoder else "")
+        """The text of all passes that a compilation runs. Raises as `requested_pipeline`."""
+        parts = (RAISING_PIPELINE, self.requested_pipeline(), DECODER_PIPELINE if decoder else "")
         return ",".join(part for part in parts if part)

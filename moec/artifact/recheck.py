@@ -9,7 +9,7 @@ from pathlib import Path
 from moec.artifact.compilation import is_exact, source_files
 from moec.artifact.emission import emit_folder
 from moec.artifact.localisation import Difference, first_difference
-from moec.artifact.manifest import check_files
+from moec.artifact.manifest import check_files, describe_file
 from moec.artifact.measurements import VerificationRow
 from moec.artifact.opened import MODEL_FILE, MODULE_FILE, Artifact
 from moec.artifact.options import OptimizeFor, OutputDType, default_store
@@ -129,7 +129,14 @@ def _locate(artifact: Artifact, module: Module, original: Module, pipeline: Pipe
         found = first_difference(artifact.onnx, again / MODEL_FILE)
     if found is not None:
         return found
-    PassManager(pipeline).run(original.op, weights=original.weights, module=original, seed=build.seed)
+    calibration = None
+    if build.calibration is not None:
+        calibration = Path(artifact.measurements.calibration)
+        if not calibration.is_file() or describe_file(calibration) != build.calibration:
+            return None
+    PassManager(pipeline).run(
+        original.op, weights=original.weights, module=original, seed=build.seed, calibration_file=calibration
+    )
     return _differing_operation(module, original)
 
 

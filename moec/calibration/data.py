@@ -20,6 +20,9 @@ from moec.errors import UnsafeInputError, UsageError
 if TYPE_CHECKING:
     from moec.module import Module
 
+IDS_SUFFIXES = (".npy", ".json")
+"""How the names of files of token ids end."""
+
 _BUNDLED = ("kjv.calibration.txt", "shakespeare.calibration.txt")
 
 

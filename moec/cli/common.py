@@ -13,6 +13,16 @@ from moec.artifact.options import Check, OptimizeFor, OutputDType
 SourceArgument = Annotated[Path, typer.Argument(metavar="SOURCE", help="Hugging Face model folder.")]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `moec compile -o` wrote.")]
 PipelineOption = Annotated[str, typer.Option("--pipeline", help="Passes to run, as `a,b{option=value}`.")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", metavar="NAME|FILE", help="Passes by the name of a recipe, or from a YAML file.")
+]
+BudgetOption = Annotated[
+    str, typer.Option("--budget", metavar="60%|4GiB", help="Make the experts, or all weights, fit this size.")
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="Text, or token ids as .npy or .json, to calibrate on."),
+]
 TargetOption = Annotated[str, typer.Option("--target", help="Runtime to emit ONNX for: portable or ort-cpu.")]
 DTypeOption = Annotated[OutputDType, typer.Option("--dtype", help="Element type of the artifact.")]
 OptimizeForOption = Annotated[OptimizeFor, typer.Option("--optimize-for", help="What lowerings are chosen for.")]

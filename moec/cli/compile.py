@@ -9,11 +9,14 @@ import typer
 
 from moec.artifact.options import Check, CompileOptions, OptimizeFor, OutputDType, default_store
 from moec.cli.common import (
+    BudgetOption,
+    CalibrationOption,
     CheckOption,
     DTypeOption,
     OptimizeForOption,
     PipelineOption,
     PluginsOption,
+    RecipeOption,
     SeedOption,
     SourceArgument,
     StoreOption,
@@ -28,6 +31,9 @@ def compile_command(
     source: SourceArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write; must not exist.")],
     pipeline: PipelineOption = "",
+    recipe: RecipeOption = "",
+    budget: BudgetOption = "",
+    calibration: CalibrationOption = None,
     target: TargetOption = "portable",
     dtype: DTypeOption = OutputDType.FLOAT32,
     optimize_for: OptimizeForOption = OptimizeFor.DECODE,
@@ -55,6 +61,9 @@ def compile_command(
     load_plugins(plugins)
     options = CompileOptions(
         pipeline=pipeline,
+        recipe=recipe,
+        budget=budget,
+        calibration=calibration,
         target=target,
         dtype=dtype,
         optimize_for=optimize_for,

@@ -1,7 +1,8 @@
-"""`moec passes`: what passes there are, with their options and statistics."""
+"""`moec passes`: what passes and recipes there are, with their options and statistics."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Annotated
 
@@ -11,16 +12,21 @@ from moec.errors import UsageError
 
 
 def passes(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Show this pass only, in full.")] = "",
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Show this pass or recipe only, in full.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/passes.md.")] = False,
 ) -> None:
-    """Lists the passes, or shows the options and statistics of one."""
+    """Lists passes and recipes, or shows the options and statistics of one pass or the pipeline of one recipe."""
     from moec.pipeline.catalogue import as_dictionary, describe, describe_all, list_text, markdown_page, text_of
+    from moec.pipeline.recipes import recipe_list_text, recipe_text, recipes
 
     if as_json and markdown:
         raise UsageError("--json and --markdown exclude each other")
     if name:
+        recipe = next((recipe for recipe in recipes() if recipe.name == name), None)
+        if recipe is not None:
+            typer.echo(json.dumps(dataclasses.asdict(recipe), indent=2) if as_json else recipe_text(recipe))
+            return
         description = describe(name)
         typer.echo(json.dumps(as_dictionary(description), indent=2) if as_json else text_of(description))
         return
@@ -31,5 +37,6 @@ def passes(
         typer.echo(markdown_page(descriptions), nl=False)
     else:
         typer.echo(list_text(descriptions))
+        typer.echo(f"\nRecipes, for `moec compile --recipe`:\n\n{recipe_list_text(recipes())}")
     for problem in problems:
         typer.echo(f"moec: note: {problem}", err=True)

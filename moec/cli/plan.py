@@ -9,12 +9,15 @@ import typer
 
 from moec.artifact.options import Check, CompileOptions, OptimizeFor, OutputDType
 from moec.cli.common import (
+    BudgetOption,
+    CalibrationOption,
     CheckOption,
     DTypeOption,
     JsonOption,
     OptimizeForOption,
     PipelineOption,
     PluginsOption,
+    RecipeOption,
     SeedOption,
     SourceArgument,
     TargetOption,
@@ -27,6 +30,9 @@ from moec.cli.common import (
 def plan(
     source: SourceArgument,
     pipeline: PipelineOption = "",
+    recipe: RecipeOption = "",
+    budget: BudgetOption = "",
+    calibration: CalibrationOption = None,
     target: TargetOption = "portable",
     dtype: DTypeOption = OutputDType.FLOAT32,
     optimize_for: OptimizeForOption = OptimizeFor.DECODE,
@@ -43,6 +49,9 @@ def plan(
     load_plugins(plugins)
     options = CompileOptions(
         pipeline=pipeline,
+        recipe=recipe,
+        budget=budget,
+        calibration=calibration,
         target=target,
         dtype=dtype,
         optimize_for=optimize_for,

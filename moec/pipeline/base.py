@@ -32,6 +32,8 @@ from moec.rewrite.greedy import RewriteResult, apply_patterns
 from moec.rewrite.pattern import Refusal, RewritePattern
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from moec.calibration.calibration import Calibration
     from moec.module import Module
     from moec.weights.context import WeightContext
@@ -80,13 +82,14 @@ class PassContext:
     """What a pass works with besides the IR, and where it leaves its findings.
 
     `weights` loads tensors (None where a module of text alone is transformed), `module` is the model with its source
-    facts, `seed` makes random choices repeatable. `statistics` holds the counters by name, `refusals` and `remarks`
-    are for people.
+    facts, `seed` makes random choices repeatable, `calibration_file` is what to calibrate on where a pass names
+    nothing. `statistics` holds the counters by name, `refusals` and `remarks` are for people.
     """
 
     weights: WeightContext | None = None
     module: Module | None = None
     seed: int = 0
+    calibration_file: Path | None = None
     statistics: dict[str, int] = dataclasses.field(default_factory=dict)
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
     remarks: list[Remark] = dataclasses.field(default_factory=list)

@@ -152,8 +152,11 @@ class PassManager:
         weights: WeightContext | None = None,
         module: Module | None = None,
         seed: int = 0,
+        calibration_file: Path | None = None,
     ) -> PipelineReport:
         """Transforms `root`, a `builtin.module`, in place.
+
+        `calibration_file` is what `calibrate` reads where it names nothing.
 
         Raises:
             VerifyError: the input is invalid. InvalidResultError: a pass left invalid IR. PassFailedError: a pass
@@ -165,7 +168,7 @@ class PassManager:
         index = 0
         for step in self.pipeline.passes:
             for op in _targets(root, step.anchor):
-                context = PassContext(weights, module, seed)
+                context = PassContext(weights, module, seed, calibration_file)
                 context.statistics = {statistic.name: 0 for statistic in step.instance.statistic_list()}
                 execution = PassExecution(step.instance, root, op, context, index)
                 before = print_operation(root, locations=True) if self.reproducer is not None else ""
