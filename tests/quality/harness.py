@@ -43,6 +43,9 @@ SEQUENCES, LENGTH = 160, 64
 
 CALIBRATION_SEQUENCES = 128
 
+SEEDS = (0, 1, 2)
+"""Seeds of the calibration, each of which picks other windows, that orderings are tested over."""
+
 UNIT_BYTES = 2
 """Bytes of one expert parameter in the account. The fixtures are bfloat16; tensors that passes compute may be kept
 wider in the store, but an artifact has one element type for all."""
@@ -103,6 +106,13 @@ def compress(name: str, pipeline: str, seed: int = 0, *, gradients: bool = False
     module = calibrated(name, seed, gradients=gradients)
     moec.run_passes(module, pipeline, seed=seed)
     return measure(name, module)
+
+
+def increases(
+    name: str, pipeline: str, *, seeds: tuple[int, ...] = SEEDS, gradients: bool = False
+) -> NDArray[np.float64]:
+    """Increase of the loss after a pipeline for each seed of the calibration, float64 [seeds]; measured once."""
+    return np.asarray([_increase(name, pipeline, seed, gradients) for seed in seeds], np.float64)
 
 
 def measure(name: str, module: Module) -> Measured:
@@ -197,6 +207,11 @@ def _calibrated(name: str, seed: int, gradients: bool) -> Module:
     flags = f"text={text} sequences={CALIBRATION_SEQUENCES} length={LENGTH} gradients={str(gradients).lower()}"
     moec.run_passes(module, f"calibrate{{{flags}}}", seed=seed)
     return module
+
+
+@functools.cache
+def _increase(name: str, pipeline: str, seed: int, gradients: bool) -> float:
+    return compress(name, pipeline, seed, gradients=gradients).increase
 
 
 @functools.cache
