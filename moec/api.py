@@ -12,7 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moec.artifact.options import Check, CompileOptions, OptimizeFor, OutputDType, default_store
+from moec.artifact.options import (
+    SHARD_BYTES,
+    Backend,
+    Check,
+    CheckpointDType,
+    CheckpointOptions,
+    CompileOptions,
+    OptimizeFor,
+    OutputDType,
+    default_store,
+)
 from moec.module import Module
 
 if TYPE_CHECKING:
@@ -64,6 +74,10 @@ def compile(
     recipe: str | Path = "",
     budget: str = "",
     calibration: str | Path | None = None,
+    emit: Sequence[str] = ("onnx",),
+    uniform: bool = False,
+    checkpoint_dtype: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
     replace: bool = False,
 ) -> CompileResult:
     """Compiles a Hugging Face folder into the artifact folder `output`; the options are those of `moec compile`.
@@ -86,6 +100,8 @@ def compile(
         recipe=str(recipe),
         budget=budget,
         calibration=None if calibration is None else Path(calibration),
+        emit=tuple(Backend(name) for name in emit),
+        checkpoint=CheckpointOptions(uniform, CheckpointDType(checkpoint_dtype), shard_bytes),
     )
     return compile_folder(Path(source), Path(output), options, replace=replace)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from moec.artifact.options import CheckpointDType, CheckpointOptions
 from moec.codegen.huggingface.experts import Change
 from moec.codegen.huggingface.layout import disk_tensors
 from moec.codegen.huggingface.plan import CheckpointPlan, plan_checkpoint
@@ -25,28 +25,7 @@ from moec.module import Module
 from moec.weights.expression import Expression
 from moec.weights.tensor_spec import TensorSpec
 
-SHARD_BYTES = 5_000_000_000
-
-
-class CheckpointDType(Enum):
-    """The element type of a written checkpoint. `auto`: the source's for each tensor that it holds exactly."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-@dataclass(frozen=True)
-class HuggingFaceOptions:
-    """`uniform`: also write what becomes larger so. `shard_bytes`: the most that one weight file holds."""
-
-    uniform: bool = False
-    dtype: CheckpointDType = CheckpointDType.AUTO
-    shard_bytes: int = SHARD_BYTES
-
-
-_DEFAULTS = HuggingFaceOptions()
+_DEFAULTS = CheckpointOptions()
 
 
 @dataclass(frozen=True)
@@ -68,7 +47,7 @@ class HuggingFaceReport:
 
 
 def emit_huggingface(
-    module: Module, folder: Path, options: HuggingFaceOptions = _DEFAULTS, *, original: Module | None = None
+    module: Module, folder: Path, options: CheckpointOptions = _DEFAULTS, *, original: Module | None = None
 ) -> HuggingFaceReport:
     """Writes config.json, the weights and their index into `folder`. `module` stays as it is.
 

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import moec
+from moec.artifact.checkpoint import compare_checkpoint, emit_checkpoint
 from moec.artifact.emission import emit_folder
 from moec.artifact.folder import atomic_folder
 from moec.artifact.ledger import LedgerEntry
@@ -31,14 +33,15 @@ from moec.artifact.measurements import (
     this_machine,
 )
 from moec.artifact.memory import MemoryWatch
-from moec.artifact.opened import MODEL_FILE, MODULE_FILE, ONNX_FOLDER
-from moec.artifact.options import COPIED_FILES, CompileOptions
+from moec.artifact.model_card import Card, measure_card_loss, write_card
+from moec.artifact.opened import CHECKPOINT_FOLDER, MODEL_FILE, MODULE_FILE, ONNX_FOLDER
+from moec.artifact.options import COPIED_FILES, Backend, CompileOptions
 from moec.artifact.plan import plan_compilation
 from moec.artifact.record import write_record
 from moec.artifact.recorder import LedgerRecorder
 from moec.artifact.report import LoweringFacts, Report, write_report
 from moec.artifact.summary import active_parameters, layer_facts, model_size
-from moec.artifact.verification import BOUND, verification_batch, verify_model
+from moec.artifact.verification import BOUND, require_rows, verification_batch, verify_model
 from moec.codegen.onnx.emit import OnnxReport
 from moec.codegen.onnx.targets import parse_target
 from moec.dialects.builtin import ModuleOp
@@ -85,6 +88,8 @@ def compile_folder(
     if options.calibration is not None and not options.calibration.is_file():
         raise UsageError("there is no such file to calibrate on", where=str(options.calibration))
     parse_target(options.target)
+    if not options.emit:
+        raise UsageError("nothing would be emitted", hint="name a backend: onnx, huggingface or both")
     with atomic_folder(output, replace=replace) as folder, MemoryWatch() as memory:
         watch = Stopwatch(memory)
 
@@ -112,26 +117,48 @@ def compile_folder(
         with step("write IR"):
             text = print_operation(module.op, locations=True)
             (folder / MODULE_FILE).write_text(f"{text}\n", encoding="utf-8")
-        with step("emit ONNX"):
-            emitted = emit_folder(
-                module,
-                folder / ONNX_FOLDER,
-                target=options.target,
-                dtype=options.dtype,
-                optimize_for=options.optimize_for,
-                weights_in_place=options.weights_in_place,
-            )
+        emitted: OnnxReport | None = None
+        if Backend.ONNX in options.emit:
+            with step("emit ONNX"):
+                emitted = emit_folder(
+                    module,
+                    folder / ONNX_FOLDER,
+                    target=options.target,
+                    dtype=options.dtype,
+                    optimize_for=options.optimize_for,
+                    weights_in_place=options.weights_in_place,
+                )
+        if Backend.HUGGINGFACE in options.emit:
+            with step("emit Hugging Face"):
+                written = emit_checkpoint(module, folder / CHECKPOINT_FOLDER, options.checkpoint, original=original)
+            with step("write model card"):
+                card = Card(
+                    module,
+                    Path(options.recipe).name,
+                    options.requested_pipeline(),
+                    source_files(source),
+                    (before.parameters, written.parameters),
+                    written,
+                    tuple(recorder.entries),
+                    measure_card_loss(original, module, options.text),
+                )
+                write_card(folder / CHECKPOINT_FOLDER, card)
         rows: list[VerificationRow] = []
         if options.verify:
+            batch = verification_batch(module, text=options.text, seed=options.seed)
             with step("verify"):
                 rows = verify_model(
-                    folder / ONNX_FOLDER / MODEL_FILE,
+                    folder / ONNX_FOLDER / MODEL_FILE if emitted is not None else None,
                     module,
                     original,
                     exact=is_exact(pipeline),
-                    batch=verification_batch(module, text=options.text, seed=options.seed),
+                    batch=batch,
                     dtype=options.dtype,
                 )
+            if Backend.HUGGINGFACE in options.emit:
+                with step("verify checkpoint"):
+                    rows += compare_checkpoint(folder / CHECKPOINT_FOLDER, module, batch, options.checkpoint.dtype)
+                    require_rows(rows)
         with step("digest"):
             manifest = _manifest(source, module, options, pipeline, recorder.entries, rows, folder)
             write_manifest(folder, manifest)
@@ -148,7 +175,8 @@ def compile_folder(
             verification=tuple(rows),
         )
         write_record(folder / MEASUREMENTS_NAME, measurements)
-        report = _report(source, module, emitted, manifest, measurements, before.bytes)
+        checkpoint_bytes = sum(path.stat().st_size for path in (folder / CHECKPOINT_FOLDER).glob("*"))
+        report = _report(source, module, emitted, manifest, measurements, before.bytes, checkpoint_bytes)
         write_report(folder, report)
     return CompileResult(output, module, manifest, measurements, report, outcome)
 
@@ -178,7 +206,7 @@ def _manifest(
         ),
         build=BuildRecord(
             pipeline=str(pipeline),
-            emit=("onnx",),
+            emit=tuple(backend.value for backend in options.emit),
             target=options.target,
             dtype=options.dtype.value,
             optimize_for=options.optimize_for.value,
@@ -188,6 +216,7 @@ def _manifest(
             recipe=Path(options.recipe).name,
             budget=options.budget,
             calibration=None if options.calibration is None else describe_file(options.calibration),
+            **_checkpoint_record(options),
         ),
         versions={"moec": moec.__version__, **{name: version(name) for name in _VERSIONED}},
         ledger=tuple(ledger),
@@ -198,6 +227,13 @@ def _manifest(
         ),
         files=describe_files(folder),
     )
+
+
+def _checkpoint_record(options: CompileOptions) -> dict[str, Any]:
+    if Backend.HUGGINGFACE not in options.emit:
+        return {}
+    wanted = options.checkpoint
+    return {"uniform": wanted.uniform, "checkpoint_dtype": wanted.dtype.value, "shard_bytes": wanted.shard_bytes}
 
 
 def is_exact(pipeline: Pipeline) -> bool:
@@ -215,10 +251,11 @@ def source_files(source: Path) -> dict[str, FileRecord]:
 def _report(
     source: Path,
     module: Module,
-    emitted: OnnxReport,
+    emitted: OnnxReport | None,
     manifest: Manifest,
     measurements: Measurements,
     source_bytes: int,
+    checkpoint_bytes: int,
 ) -> Report:
     size = model_size(module)
     return Report(
@@ -242,10 +279,11 @@ def _report(
                 nodes=layer.nodes,
                 parity=layer.parity,
             )
-            for layer in emitted.layers
+            for layer in (emitted.layers if emitted is not None else ())
         ),
-        nodes=emitted.node_count,
-        without_genai=emitted.without_genai,
+        nodes=emitted.node_count if emitted is not None else 0,
+        without_genai=emitted.without_genai if emitted is not None else "no ONNX was emitted",
+        checkpoint_bytes=checkpoint_bytes,
         ledger=manifest.ledger,
         verification=measurements.verification,
         losses=(),

@@ -54,6 +54,9 @@ class BuildRecord(Record):
     recipe: str = ""
     budget: str = ""
     calibration: FileRecord | None = None
+    uniform: bool = False
+    checkpoint_dtype: str = ""
+    shard_bytes: int = 0
 
 
 class VerificationRecord(Record):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moec.artifact.manifest import Manifest, read_manifest
 from moec.artifact.measurements import MEASUREMENTS_NAME, Measurements
+from moec.artifact.options import Backend
 from moec.artifact.record import read_record
 from moec.dialects.builtin import ModuleOp
 from moec.errors import UnsafeInputError, UsageError
@@ -16,6 +17,7 @@ from moec.module import Module
 MODULE_FILE = "module.mlir"
 ONNX_FOLDER = "onnx"
 MODEL_FILE = "model.onnx"
+CHECKPOINT_FOLDER = "huggingface"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,15 @@ class Artifact:
     def onnx(self) -> Path:
         """The exported model."""
         return self.folder / ONNX_FOLDER / MODEL_FILE
+
+    @property
+    def checkpoint(self) -> Path:
+        """The Hugging Face checkpoint, where the artifact has one."""
+        return self.folder / CHECKPOINT_FOLDER
+
+    def has(self, backend: Backend) -> bool:
+        """Whether the artifact was compiled for a backend."""
+        return backend.value in self.manifest.build.emit
 
     @property
     def title(self) -> str:

@@ -59,6 +59,39 @@ class OutputDType(Enum):
         return 4 if self is OutputDType.FLOAT32 else 2
 
 
+class Backend(Enum):
+    """What an artifact can hold."""
+
+    ONNX = "onnx"
+    HUGGINGFACE = "huggingface"
+
+
+class CheckpointDType(Enum):
+    """The element type of a written checkpoint."""
+
+    AUTO = "auto"  # the source's for every tensor that it holds exactly, float32 for the others
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+SHARD_BYTES = 5_000_000_000
+"""What one weight file of a written checkpoint holds at most."""
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """How a Hugging Face checkpoint is written.
+
+    `uniform`: also what transformers can only hold in a larger form, such as experts of unequal width.
+    `shard_bytes`: the most that one weight file holds.
+    """
+
+    uniform: bool = False
+    dtype: CheckpointDType = CheckpointDType.AUTO
+    shard_bytes: int = SHARD_BYTES
+
+
 class OptimizeFor(Enum):
     """What the cost model of the backend weighs when it chooses between lowerings."""
 
@@ -92,6 +125,10 @@ class CompileOptions:
     budget: str = ""
     calibration: Path | None = None
     """Text or token ids for passes that calibrate; None takes texts that moec brings along."""
+
+    emit: tuple[Backend, ...] = (Backend.ONNX,)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    """How the Hugging Face checkpoint is written, where there is one."""
 
     def requested_pipeline(self) -> str:
         """The text of the passes that the user asked for. Raises UsageError for contradictions and unknown recipes."""

@@ -6,15 +6,23 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from moec.artifact.checkpoint import compare_checkpoint, differing_tensor, emit_checkpoint
 from moec.artifact.compilation import is_exact, source_files
 from moec.artifact.emission import emit_folder
 from moec.artifact.localisation import Difference, first_difference
 from moec.artifact.manifest import check_files, describe_file
 from moec.artifact.measurements import VerificationRow
 from moec.artifact.opened import MODEL_FILE, MODULE_FILE, Artifact
-from moec.artifact.options import OptimizeFor, OutputDType, default_store
+from moec.artifact.options import (
+    Backend,
+    CheckpointDType,
+    CheckpointOptions,
+    OptimizeFor,
+    OutputDType,
+    default_store,
+)
 from moec.artifact.summary import layer_of
-from moec.artifact.verification import verification_batch, verify_model
+from moec.artifact.verification import require_rows, verification_batch, verify_model
 from moec.errors import MoecError, UsageError, VerificationError
 from moec.frontend.huggingface import load_huggingface
 from moec.module import Module
@@ -49,21 +57,27 @@ def verify_folder(
     original = load_huggingface(source, WeightStore(store or default_store()))
     module = artifact.module(original)
     foreign = _foreign_file(artifact, source)
-    pipeline = Pipeline.parse(artifact.manifest.build.pipeline)
+    build = artifact.manifest.build
+    pipeline = Pipeline.parse(build.pipeline)
+    batch = verification_batch(original, text=text, seed=build.seed)
     progress("comparing")
     rows: list[VerificationRow] = []
 
     def compare() -> None:
         rows.extend(
             verify_model(
-                artifact.onnx,
+                artifact.onnx if artifact.has(Backend.ONNX) else None,
                 module,
                 original,
                 exact=is_exact(pipeline),
-                batch=verification_batch(original, text=text, seed=artifact.manifest.build.seed),
-                dtype=OutputDType(artifact.manifest.build.dtype),
+                batch=batch,
+                dtype=OutputDType(build.dtype),
             )
         )
+        if artifact.has(Backend.HUGGINGFACE):
+            progress("comparing the checkpoint")
+            rows.extend(compare_checkpoint(artifact.checkpoint, module, batch, CheckpointDType(build.checkpoint_dtype)))
+            require_rows(rows)
 
     wrong = _failure(compare)
     if damage is None and wrong is None and foreign is None:
@@ -116,6 +130,41 @@ def _foreign_file(artifact: Artifact, source: Path) -> str | None:
 def _locate(artifact: Artifact, module: Module, original: Module, pipeline: Pipeline) -> Difference | None:
     """Where the artifact differs from a new emission of its IR, or its IR from what the passes make of the source."""
     build = artifact.manifest.build
+    if artifact.has(Backend.HUGGINGFACE):
+        found = _locate_in_checkpoint(artifact, module)
+        if found is not None:
+            return found
+    if artifact.has(Backend.ONNX):
+        found = _locate_in_onnx(artifact, module)
+        if found is not None:
+            return found
+    calibration = None
+    if build.calibration is not None:
+        calibration = Path(artifact.measurements.calibration)
+        if not calibration.is_file() or describe_file(calibration) != build.calibration:
+            return None
+    PassManager(pipeline).run(
+        original.op, weights=original.weights, module=original, seed=build.seed, calibration_file=calibration
+    )
+    return _differing_operation(module, original)
+
+
+def _locate_in_checkpoint(artifact: Artifact, module: Module) -> Difference | None:
+    build = artifact.manifest.build
+    options = CheckpointOptions(build.uniform, CheckpointDType(build.checkpoint_dtype), build.shard_bytes)
+    with tempfile.TemporaryDirectory(prefix=".moec-verify-", dir=artifact.folder.parent) as scratch:
+        emit_checkpoint(module, Path(scratch), options)
+        try:
+            name = differing_tensor(artifact.checkpoint, Path(scratch))
+        except MoecError as error:
+            return Difference(f"the checkpoint cannot be read: {error.message}", "huggingface", "a weight file")
+    if name is None:
+        return None
+    return Difference("a tensor of the checkpoint is not what the IR says", layer_of(name), name)
+
+
+def _locate_in_onnx(artifact: Artifact, module: Module) -> Difference | None:
+    build = artifact.manifest.build
     with tempfile.TemporaryDirectory(prefix=".moec-verify-", dir=artifact.folder.parent) as scratch:
         again = Path(scratch)
         emit_folder(
@@ -126,18 +175,7 @@ def _locate(artifact: Artifact, module: Module, original: Module, pipeline: Pipe
             optimize_for=OptimizeFor(build.optimize_for),
             weights_in_place=False,
         )
-        found = first_difference(artifact.onnx, again / MODEL_FILE)
-    if found is not None:
-        return found
-    calibration = None
-    if build.calibration is not None:
-        calibration = Path(artifact.measurements.calibration)
-        if not calibration.is_file() or describe_file(calibration) != build.calibration:
-            return None
-    PassManager(pipeline).run(
-        original.op, weights=original.weights, module=original, seed=build.seed, calibration_file=calibration
-    )
-    return _differing_operation(module, original)
+        return first_difference(artifact.onnx, again / MODEL_FILE)
 
 
 def _differing_operation(module: Module, expected: Module) -> Difference | None:

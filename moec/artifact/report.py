@@ -22,8 +22,17 @@ class ExpertClassFacts(Record):
     experts: tuple[int, ...]
     width: int = Field(ge=0)
     body: str
+    rank: int = Field(default=0, ge=0)
     bytes_per_expert: int = Field(ge=0)
     shared_bytes: int = Field(default=0, ge=0)
+
+
+class ExpertUse(Record):
+    """What calibration saw: of `tokens` tokens, how many chose each stored expert, and the sum of their gates."""
+
+    tokens: int = Field(ge=0)
+    chosen: tuple[int, ...]
+    gate_mass: tuple[float, ...]
 
 
 class LayerFacts(Record):
@@ -41,6 +50,7 @@ class LayerFacts(Record):
     classes: tuple[ExpertClassFacts, ...] = ()
     stored: tuple[int, ...] = ()
     protected: tuple[int, ...] = ()
+    use: ExpertUse | None = None
     expert_bytes: int = Field(default=0, ge=0)
     feed_forward_bytes: int = Field(default=0, ge=0)
     other_bytes: int = Field(default=0, ge=0)
@@ -79,6 +89,9 @@ class Report(Record):
     lowerings: tuple[LoweringFacts, ...]
     nodes: int
     without_genai: str | None
+    checkpoint_bytes: int = 0
+    """Bytes of the Hugging Face checkpoint; 0 where there is none."""
+
     ledger: tuple[LedgerEntry, ...]
     verification: tuple[VerificationRow, ...]
     losses: tuple[LossRow, ...]
@@ -91,10 +104,11 @@ class Report(Record):
 
 
 def layer_runs(layers: Sequence[LayerFacts]) -> list[tuple[str, LayerFacts]]:
-    """Neighbours that differ only in name, as one: (`model.layers.0 … 29`, the first of them)."""
+    """Neighbours that differ only in name and use, as one: (`model.layers.0 … 29`, the first of them)."""
+    without = {"name": "", "use": None}
     runs: list[tuple[LayerFacts, LayerFacts]] = []
     for layer in layers:
-        if runs and layer.model_copy(update={"name": ""}) == runs[-1][0].model_copy(update={"name": ""}):
+        if runs and layer.model_copy(update=without) == runs[-1][0].model_copy(update=without):
             runs[-1] = (runs[-1][0], layer)
         else:
             runs.append((layer, layer))

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from moec.artifact.options import Check, OptimizeFor, OutputDType
+from moec.artifact.options import Backend, Check, CheckpointDType, CheckpointOptions, OptimizeFor, OutputDType
+from moec.errors import UsageError
 
 SourceArgument = Annotated[Path, typer.Argument(metavar="SOURCE", help="Hugging Face model folder.")]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `moec compile -o` wrote.")]
@@ -38,6 +39,22 @@ PluginsOption = Annotated[
     list[str] | None,
     typer.Option("--load-pass-plugin", metavar="FILE.py|MODULE", help="Import this, so that its passes can be named."),
 ]
+EmitOption = Annotated[
+    str, typer.Option("--emit", metavar="onnx,huggingface", help="What to write, separated by commas.")
+]
+UniformOption = Annotated[
+    bool,
+    typer.Option(
+        "--uniform", help="Hugging Face: also write what becomes larger so, such as experts of unequal width."
+    ),
+]
+CheckpointDTypeOption = Annotated[
+    CheckpointDType,
+    typer.Option("--checkpoint-dtype", help="Hugging Face: element type; auto is the source's where that is exact."),
+]
+ShardSizeOption = Annotated[
+    str, typer.Option("--shard-size", metavar="5GB", help="Hugging Face: the most that one weight file holds.")
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all cores by default.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -48,6 +65,31 @@ def load_plugins(plugins: Sequence[str] | None) -> None:
 
     for plugin in plugins or ():
         load_plugin(plugin)
+
+
+def parse_emit(text: str) -> tuple[Backend, ...]:
+    """The backends of `--emit`, each once. Raises UsageError for an unknown one."""
+    found: dict[Backend, None] = {}
+    for name in text.split(","):
+        try:
+            found[Backend(name.strip())] = None
+        except ValueError:
+            known = ", ".join(backend.value for backend in Backend)
+            raise UsageError(f"there is no backend {name.strip()!r}", hint=f"known are {known}") from None
+    return tuple(found)
+
+
+def checkpoint_options(uniform: bool, dtype: CheckpointDType, shard_size: str) -> CheckpointOptions:
+    """The options of a Hugging Face checkpoint. Raises UsageError for a size that is none."""
+    from moec.budget.sizes import parse_budget
+
+    try:
+        size = parse_budget(shard_size).bytes
+    except ValueError:
+        size = None
+    if not size:
+        raise UsageError(f"--shard-size {shard_size} is no size", hint="write it as 5GB or 500MiB")
+    return CheckpointOptions(uniform, dtype, size)
 
 
 def table(rows: Sequence[tuple[str, ...]], numbers: frozenset[int] = frozenset()) -> str:

@@ -7,22 +7,28 @@ from typing import Annotated
 
 import typer
 
-from moec.artifact.options import Check, CompileOptions, OptimizeFor, OutputDType, default_store
+from moec.artifact.options import Check, CheckpointDType, CompileOptions, OptimizeFor, OutputDType, default_store
 from moec.cli.common import (
     BudgetOption,
     CalibrationOption,
     CheckOption,
+    CheckpointDTypeOption,
     DTypeOption,
+    EmitOption,
     OptimizeForOption,
     PipelineOption,
     PluginsOption,
     RecipeOption,
     SeedOption,
+    ShardSizeOption,
     SourceArgument,
     StoreOption,
     TargetOption,
+    UniformOption,
     WeightsInPlaceOption,
+    checkpoint_options,
     load_plugins,
+    parse_emit,
     table,
 )
 
@@ -34,12 +40,16 @@ def compile_command(
     recipe: RecipeOption = "",
     budget: BudgetOption = "",
     calibration: CalibrationOption = None,
+    emit: EmitOption = "onnx",
     target: TargetOption = "portable",
     dtype: DTypeOption = OutputDType.FLOAT32,
     optimize_for: OptimizeForOption = OptimizeFor.DECODE,
     check: CheckOption = Check.CHANGED,
     seed: SeedOption = 0,
     weights_in_place: WeightsInPlaceOption = False,
+    uniform: UniformOption = False,
+    checkpoint_dtype: CheckpointDTypeOption = CheckpointDType.AUTO,
+    shard_size: ShardSizeOption = "5GB",
     store: StoreOption = None,
     text: Annotated[Path | None, typer.Option(help="Text for checks and verification.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare the artifact with the source before it is kept.")] = True,
@@ -73,6 +83,8 @@ def compile_command(
         verify=verify,
         text=text,
         store=store or default_store(),
+        emit=parse_emit(emit),
+        checkpoint=checkpoint_options(uniform, checkpoint_dtype, shard_size),
     )
     observers: list[Instrument] = []
     if print_ir_after_all:
