@@ -1,9 +1,11 @@
 """Layers with experts as passes see them: one expert in memory at a time, and edits that move everything together.
 
 Reading order: `layer` finds the layers of a module, `expert` says what one expert is, `reading` loads one from the body
-of its class, `bodies` writes bodies, `edit` changes which experts there are, `run` computes one layer alone.
+of its class, `bodies` writes bodies, `edit` changes which experts there are, `bank` shares them between layers, `dense`
+makes experts of dense blocks, `run` computes one layer alone.
 """
 
+from moec.experts.dense import DenseLayer, find_dense_layers, load_dense, make_sparse
 from moec.experts.edit import (
     EditError,
     alias_experts,
@@ -11,6 +13,7 @@ from moec.experts.edit import (
     protect_experts,
     replace_experts,
     replace_router,
+    replace_routing,
     slice_experts,
 )
 from moec.experts.expert import (
@@ -34,6 +37,7 @@ __all__ = [
     "Affine",
     "Constant",
     "Dense",
+    "DenseLayer",
     "EditError",
     "Expert",
     "FeedForward",
@@ -45,13 +49,17 @@ __all__ = [
     "Projection",
     "UnreadableExpertError",
     "alias_experts",
+    "find_dense_layers",
     "find_moe_layers",
     "find_unreadable",
+    "load_dense",
     "load_expert",
+    "make_sparse",
     "permute_experts",
     "protect_experts",
     "replace_experts",
     "replace_router",
+    "replace_routing",
     "route_inputs_of",
     "run_layer",
     "slice_experts",

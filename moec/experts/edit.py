@@ -129,6 +129,50 @@ def replace_router(
     return replace(layer, router=router)
 
 
+def replace_routing(layer: MoeLayer, routing: Routing) -> MoeLayer:
+    """Gives the route other stages, above all another number of choices; tensors stay.
+
+    Raises EditError for stages that do not fit the number of router outputs.
+    """
+    if routing == layer.route.routing:
+        return layer
+    problem = routing.problem(layer.outputs)
+    if problem is not None:
+        raise EditError(f"this router cannot choose so: {problem}", where=layer.name)
+    old = layer.route
+    route = RouteOp(
+        old.logits,
+        old.logit_bias,
+        old.mask,
+        old.score_override,
+        old.override_on,
+        old.select_bias,
+        old.forced_ids,
+        old.per_expert_scale,
+        routing=routing,
+        location=old.location,
+    )
+    route.insert_before(old)
+    before = layer.experts
+    experts = ExpertsOp(
+        before.x,
+        route.ids,
+        route.gates,
+        before.weights,
+        regions=[copy_region(region) for region in before.regions],
+        stored=before.stored,
+        classes=before.classes,
+        protected=before.protected,
+        location=before.location,
+    )
+    experts.insert_before(before)
+    before.y.replace_all_uses_with(experts.y)
+    old.count.replace_all_uses_with(route.count)
+    erase_unused(before)
+    erase_unused(old)
+    return replace(layer, route=route, experts=experts)
+
+
 def protect_experts(layer: MoeLayer, experts: Iterable[int]) -> MoeLayer:
     """Marks stored experts, besides those that are marked, as not to be changed or dropped."""
     layer.experts.protected = tuple(sorted(layer.protected | set(experts)))

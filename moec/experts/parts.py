@@ -14,9 +14,15 @@ from moec.weights.context import WeightContext
 from moec.weights.expression import Expression
 
 
-def new_weight(layer: MoeLayer, name: str, source: Expression, shape: Sequence[int]) -> Value:
-    """A weight before the router; the one that is there already where one of the same source is."""
-    anchor = layer.router if layer.router.parent is not None else layer.experts
+def new_weight(reader: MoeLayer | Operation, name: str, source: Expression, shape: Sequence[int]) -> Value:
+    """A weight before an operation, or before the router of a layer; the one that is there already where one of the
+    same source is."""
+    anchor: Operation
+    if isinstance(reader, MoeLayer):
+        anchor = reader.router if reader.router.parent is not None else reader.experts
+        location = reader.experts.location
+    else:
+        anchor, location = reader, reader.location
     text = str(source)
     taken = {}
     for op in _weights_around(anchor):
@@ -27,7 +33,7 @@ def new_weight(layer: MoeLayer, name: str, source: Expression, shape: Sequence[i
     while unique in taken:
         number += 1
         unique = f"{name}#{number}"
-    weight = WeightOp(result_types=[f32(shape)], weight_name=unique, source=text, location=layer.experts.location)
+    weight = WeightOp(result_types=[f32(shape)], weight_name=unique, source=text, location=location)
     weight.insert_before(anchor)
     return weight.value
 

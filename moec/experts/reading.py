@@ -7,6 +7,7 @@ whatever is not two projections with an elementwise function between them is ref
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,22 +61,35 @@ def load_expert(layer: MoeLayer, weights: WeightContext, expert: int, dtype: tor
     Raises UnreadableExpertError where the body of its class is something else than the kinds of `Expert`, UsageError
     for a weight that cannot be loaded.
     """
-    op = layer.experts
-    for group, stacks, region in op.class_operands():
-        if expert not in group.experts:
-            continue
-        row = group.experts.index(expert)
-        sliced = group.operands - group.shared
-        given = []
-        for position, stack in enumerate(stacks):
-            weight = stack.defining_op
-            if not isinstance(weight, WeightOp):
-                raise UnreadableExpertError("a stack of expert weights is computed", where=f"{layer.name}")
-            index = row if position < sliced else None
-            given.append(_Given(weights.load(weight.source, index).to(dtype), weight, index))
-        shared = region.block.arguments[1 + sliced :]
-        return _Reader(layer.name, region.block, given, frozenset(shared), dtype).expert()
+    for group, stacks, region in layer.experts.class_operands():
+        if expert in group.experts:
+            row = group.experts.index(expert)
+            operands = [(stack, row if position < group.stacks else None) for position, stack in enumerate(stacks)]
+            return load_body(layer.name, region.block, operands, weights, dtype=dtype, shared=group.shared)
     raise UnreadableExpertError(f"there is no stored expert {expert}", where=layer.name)
+
+
+def load_body(
+    name: str,
+    block: Block,
+    operands: Sequence[tuple[Value, int | None]],
+    weights: WeightContext,
+    *,
+    dtype: torch.dtype,
+    shared: int = 0,
+) -> Expert:
+    """The expert that `block` computes from its `operands`: weights, or one row of each; the last `shared` are shared.
+
+    `name` is for messages. Raises as `load_expert`.
+    """
+    given = []
+    for value, row in operands:
+        weight = value.defining_op
+        if not isinstance(weight, WeightOp):
+            raise UnreadableExpertError("a weight of the experts is computed", where=name)
+        given.append(_Given(weights.load(weight.source, row).to(dtype), weight, row))
+    first_shared = len(block.arguments) - shared
+    return _Reader(name, block, given, frozenset(block.arguments[first_shared:]), dtype).expert()
 
 
 @dataclass(frozen=True)

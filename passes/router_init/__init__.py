@@ -1,0 +1,1 @@
+"""Weights for routers that no training has seen."""
