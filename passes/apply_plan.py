@@ -10,6 +10,7 @@ import torch
 
 from moec.budget.actions import ActionKind
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, read_plan
+from moec.budget.shared_base import SharedBase, shared_base
 from moec.budget.tables import DAMPING, constant_output, factored
 from moec.calibration.sample import LayerSample
 from moec.errors import UsageError
@@ -27,6 +28,8 @@ from moec.ir import Operation
 from moec.passes.factoring.sides import Basis, Norms
 from moec.passes.neuron_pruning.slicing import slice_neurons
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
+
+_NEED_SAMPLE = (ActionKind.FACTOR, ActionKind.DELTA, ActionKind.CONSTANT)
 
 
 @register_pass("apply-plan")
@@ -82,9 +85,12 @@ def _check(layer: MoeLayer, plan: LayerPlan) -> None:
 
 def _apply(layer: MoeLayer, plan: LayerPlan, context: PassContext) -> None:
     weights = context.require_weights()
-    needs_sample = any(row.action in (ActionKind.FACTOR, ActionKind.CONSTANT) for row in plan.experts)
+    needs_sample = any(row.action in _NEED_SAMPLE for row in plan.experts)
     sample = context.require_calibration().sample(layer) if needs_sample else None
     norms = Norms(layer, sample, Basis.GATE_WHITENED, DAMPING)
+    base = None
+    if any(row.action is ActionKind.DELTA for row in plan.experts):
+        base = shared_base(layer, weights, context.require_calibration().statistics(layer).count)
     stored = list(layer.stored)
     new: dict[int, Expert] = {}
     for row in plan.experts:
@@ -92,13 +98,20 @@ def _apply(layer: MoeLayer, plan: LayerPlan, context: PassContext) -> None:
             target = row.size if row.action is ActionKind.REDIRECT else -1
             stored = [target if layer.stored[output] == row.expert else now for output, now in enumerate(stored)]
         elif row.action is not ActionKind.KEEP:
-            new[row.expert] = _changed(load_expert(layer, weights, row.expert), row, layer, sample, norms)
+            new[row.expert] = _changed(load_expert(layer, weights, row.expert), row, layer, sample, norms, base)
     layer = replace_experts(layer, weights, new)
     if tuple(stored) != layer.stored:
         alias_experts(layer, stored)
 
 
-def _changed(expert: Expert, row: ExpertPlan, layer: MoeLayer, sample: LayerSample | None, norms: Norms) -> Expert:
+def _changed(
+    expert: Expert,
+    row: ExpertPlan,
+    layer: MoeLayer,
+    sample: LayerSample | None,
+    norms: Norms,
+    base: SharedBase | None,
+) -> Expert:
     where = f"{layer.name}, expert {row.expert}"
     if row.action is ActionKind.CONSTANT:
         assert sample is not None
@@ -106,6 +119,10 @@ def _changed(expert: Expert, row: ExpertPlan, layer: MoeLayer, sample: LayerSamp
         return Constant(constant_output(expert.apply(sample.x[rows].float()), gates))
     if not isinstance(expert, FeedForward):
         raise UsageError("the plan is for an expert with neurons", where=where)
+    if row.action is ActionKind.DELTA:
+        if base is None or row.expert not in base.members:
+            raise UsageError("the experts have no mean that the plan could start from", where=where)
+        return base.differences(expert, row.expert, norms).at(row.size)
     if row.action is ActionKind.FACTOR:
         return factored(expert, row.expert, row.size, norms)
     if not all(0 <= neuron < expert.width for neuron in row.neurons):

@@ -11,20 +11,21 @@ import numpy as np
 from moec.artifact.options import OutputDType
 from moec.artifact.report import format_size
 from moec.artifact.weight_uses import weight_uses
-from moec.budget.actions import ActionKind
+from moec.budget.actions import Action, ActionKind
 from moec.budget.measure import Distortion
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, write_plan
 from moec.budget.problem import OWN, Item, Problem, Solution
 from moec.budget.sizes import parse_budget
 from moec.budget.solving import Solver, solve
-from moec.budget.tables import ExpertTable, TableSettings, layer_tables, total_bytes
+from moec.budget.tables import ExpertTable, LayerTable, TableSettings, layer_table
 from moec.errors import UsageError
 from moec.experts import MoeLayer, UnreadableExpertError, find_moe_layers, find_unreadable
 from moec.ir import Operation
 from moec.module import Module
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
-_OFFERED = (ActionKind.NARROW, ActionKind.CONSTANT, ActionKind.ZERO, ActionKind.REDIRECT)
+_OFFERED = (ActionKind.NARROW, ActionKind.DELTA, ActionKind.CONSTANT, ActionKind.ZERO, ActionKind.REDIRECT)
+_SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)
 
 
 @register_pass("solve-budget")
@@ -32,10 +33,11 @@ _OFFERED = (ActionKind.NARROW, ActionKind.CONSTANT, ActionKind.ZERO, ActionKind.
 class SolveBudget(Pass):
     """Decides what becomes of each expert so that all of them fit a budget of bytes; `apply-plan` does it.
 
-    For every expert the ways to make it smaller compete: fewer neurons, factored matrices, a constant, nothing, or
-    another expert of its layer that answers for it. Each is priced by the error that it makes in the layer's output on
-    the calibration text, times the square of the expert's gate and how sensitive the loss is to that layer, and takes
-    the bytes that it will have in the artifact. Errors of different experts are added up.
+    For every expert the ways to make it smaller compete: fewer neurons, factored matrices, a difference of low rank
+    from a mean that its layer stores once, a constant, nothing, or another expert of its layer that answers for it.
+    Each is priced by the error that it makes in the layer's output on the calibration text, times the square of the
+    expert's gate and how sensitive the loss is to that error, and takes the bytes that it will have in the artifact.
+    Errors of different experts are added up.
 
     1. A share of `bytes` (60%) is one of the bytes of all experts, a number (4GiB) is for all weights of the model.
     2. Each layer keeps as many stored experts as a token chooses, protected experts stay as they are and serve no
@@ -51,6 +53,7 @@ class SolveBudget(Pass):
     kept = Statistic("experts that stay as they are")
     narrowed = Statistic("experts that lose neurons")
     factored = Statistic("experts that are factored")
+    deltas = Statistic("experts that become a difference from the mean of their layer")
     constants = Statistic("experts that become a constant")
     zeros = Statistic("experts that become nothing")
     redirected = Statistic("experts that another one answers for")
@@ -58,8 +61,8 @@ class SolveBudget(Pass):
     bytes: str = option("share of the experts' bytes, such as 60%, or bytes of all weights, such as 4GiB")
     flops: str = option("share of the experts' FLOPs per token, such as 80%; empty for any", "")
     actions: tuple[ActionKind, ...] = option("what may become of an expert", _OFFERED)
-    steps: int = option("widths come in such parts of an expert", 8)
-    ranks: tuple[float, ...] = option("shares of a matrix's parameters that factors may take", (0.25, 0.5, 0.75))
+    steps: int = option("widths come in such parts of an expert", 16)
+    ranks: tuple[float, ...] = option("shares of a matrix's parameters that factors may take", _SHARES)
     nearest: int = option("experts that may answer for another one", 8)
     good: float = option("share of its neurons that an expert must keep to answer for others", 0.75)
     distortion: Distortion = option("how errors are made comparable", Distortion.AUTO)
@@ -89,10 +92,10 @@ class SolveBudget(Pass):
         measure = self.distortion.resolved(gradients=calibration.has_gradients)
         settings = TableSettings(frozenset(self.actions), self.steps, self.ranks, self.nearest, measure, self.dtype)
         layers: list[MoeLayer] = []
-        tables: list[list[ExpertTable]] = []
+        tables: list[LayerTable] = []
         for layer in find_moe_layers(op):
             try:
-                tables.append(layer_tables(layer, calibration, settings))
+                tables.append(layer_table(layer, calibration, settings))
                 layers.append(layer)
             except UnreadableExpertError as error:
                 context.refuse(layer.experts, error.message, self.pass_name)
@@ -109,27 +112,29 @@ class SolveBudget(Pass):
 
     # -- the problem --------------------
 
-    def _problem(self, module: Module, layers: list[MoeLayer], tables: list[list[ExpertTable]]) -> Problem:
-        source = sum(total_bytes(layer) for layer in tables)
+    def _problem(self, module: Module, layers: list[MoeLayer], tables: list[LayerTable]) -> Problem:
+        source = sum(layer.source_bytes for layer in tables)
         budget = parse_budget(self.bytes)
         if budget.share is not None:
             allowed = int(budget.share * source)
         else:
             assert budget.bytes is not None
             allowed = budget.bytes - self._other_bytes(module, source)
-        work = sum(table.offers[0].flops for layer in tables for table in layer)
+        work = sum(layer.source_flops for layer in tables)
         flops = parse_budget(self.flops).share if self.flops else None
         items: list[Item] = []
         for group, layer in enumerate(tables):
             first = len(items)
-            items += [self._item(group, table, first) for table in layer]
+            items += [self._item(group, table, first, first + len(layer.experts)) for table in layer.experts]
+            if layer.base_bytes:
+                items.append(_base_item(group, layer.base_bytes))
         least = tuple(
             min(layer.top_k, sum(bool(item.stored.any()) for item in items if item.group == group))
             for group, layer in enumerate(layers)
         )
         return Problem(tuple(items), allowed, None if flops is None else flops * work, least)
 
-    def _item(self, group: int, table: ExpertTable, first: int) -> Item:
+    def _item(self, group: int, table: ExpertTable, first: int, base: int) -> Item:
         actions = [offer.action for offer in table.offers]
         kinds = [action.kind for action in actions]
 
@@ -142,7 +147,7 @@ class SolveBudget(Pass):
             np.array([offer.bytes for offer in table.offers], np.int64),
             np.array([offer.flops for offer in table.offers]),
             np.array([offer.distortion for offer in table.offers]),
-            np.array([first + action.size if action.kind is ActionKind.REDIRECT else OWN for action in actions]),
+            np.array([_target(action, first, base) for action in actions], np.int64),
             np.array([kind.is_stored for kind in kinds]),
             np.array([serves(action.kind, action.size) for action in actions]),
         )
@@ -155,10 +160,10 @@ class SolveBudget(Pass):
             total += use.elements * (self.dtype.itemsize if len(shape) > 1 else OutputDType.FLOAT32.itemsize)
         return total - experts
 
-    def _require_feasible(self, problem: Problem, module: Module, tables: list[list[ExpertTable]]) -> None:
+    def _require_feasible(self, problem: Problem, module: Module, tables: list[LayerTable]) -> None:
         least = problem.minimum_bytes()
         if least > problem.bytes:
-            source = sum(total_bytes(layer) for layer in tables)
+            source = sum(layer.source_bytes for layer in tables)
             whole = least + self._other_bytes(module, source)
             raise UsageError(
                 f"the budget of {self.bytes} is below the minimum: with what is offered, experts take at least "
@@ -174,16 +179,16 @@ class SolveBudget(Pass):
     def _plan(
         self,
         layers: list[MoeLayer],
-        tables: list[list[ExpertTable]],
+        tables: list[LayerTable],
         problem: Problem,
         solution: Solution,
         measure: Distortion,
     ) -> BudgetPlan:
         choices = iter(solution.choices)
         found = []
-        for layer, experts in zip(layers, tables, strict=True):
+        for layer, tabled in zip(layers, tables, strict=True):
             rows = []
-            for table in experts:
+            for table in tabled.experts:
                 offer = table.offers[next(choices)]
                 rows.append(
                     ExpertPlan(
@@ -195,17 +200,19 @@ class SolveBudget(Pass):
                         neurons=offer.neurons,
                     )
                 )
-            found.append(LayerPlan(layer=layer.name, experts=tuple(rows)))
+            opened = bool(tabled.base_bytes) and next(choices) == 1
+            base_bytes = tabled.base_bytes if opened else 0
+            found.append(LayerPlan(layer=layer.name, base_bytes=base_bytes, experts=tuple(rows)))
         return BudgetPlan(
             measure=measure.value,
             solver=solution.name,
             dtype=self.dtype.value,
             budget_bytes=problem.bytes,
             bytes=problem.bytes_of(solution.choices),
-            source_bytes=sum(total_bytes(layer) for layer in tables),
+            source_bytes=sum(layer.source_bytes for layer in tables),
             budget_flops=problem.flops,
             flops=problem.flops_of(solution.choices),
-            source_flops=sum(table.offers[0].flops for layer in tables for table in layer),
+            source_flops=sum(layer.source_flops for layer in tables),
             predicted=solution.distortion,
             bound=solution.bound,
             gap=solution.gap,
@@ -218,6 +225,7 @@ class SolveBudget(Pass):
             (self.kept, ActionKind.KEEP),
             (self.narrowed, ActionKind.NARROW),
             (self.factored, ActionKind.FACTOR),
+            (self.deltas, ActionKind.DELTA),
             (self.constants, ActionKind.CONSTANT),
             (self.zeros, ActionKind.ZERO),
             (self.redirected, ActionKind.REDIRECT),
@@ -231,3 +239,23 @@ class SolveBudget(Pass):
             f"({plan.bytes / max(plan.source_bytes, 1):.1%}), predicted loss +{plan.predicted:.4g} {unit}, "
             f"bound {plan.bound:.4g}, gap {plan.gap:.2%} ({plan.solver}){state}",
         )
+
+
+def _target(action: Action, first: int, base: int) -> int:
+    """The item that must stay for an action: another expert, or the mean of the layer."""
+    if action.kind is ActionKind.REDIRECT:
+        return first + action.size
+    return base if action.kind is ActionKind.DELTA else OWN
+
+
+def _base_item(group: int, size: int) -> Item:
+    """The mean of a layer: not stored, or stored so that experts may be what they are beyond it."""
+    return Item(
+        group,
+        np.array([0, size], np.int64),
+        np.zeros(2),
+        np.zeros(2),
+        np.full(2, OWN),
+        np.zeros(2, bool),
+        np.array([False, True]),
+    )

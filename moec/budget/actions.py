@@ -7,11 +7,12 @@ from enum import Enum
 
 
 class ActionKind(Enum):
-    """`narrow`, `factor` and `keep` experts are stored; the others leave only a vector, or nothing."""
+    """`keep`, `narrow`, `factor` and `delta` experts are stored; the others leave only a vector, or nothing."""
 
     KEEP = "keep"  # as it is
     NARROW = "narrow"  # some of its neurons
     FACTOR = "factor"  # its matrices as products of thin ones
+    DELTA = "delta"  # a mean that the layer shares, and what it is beyond that as products of thin ones
     CONSTANT = "constant"  # its mean output
     ZERO = "zero"  # nothing: its router outputs name no expert
     REDIRECT = "redirect"  # another expert of the layer answers for it
@@ -19,12 +20,12 @@ class ActionKind(Enum):
     @property
     def is_stored(self) -> bool:
         """Whether the expert still computes something of its own."""
-        return self in (ActionKind.KEEP, ActionKind.NARROW, ActionKind.FACTOR)
+        return self in (ActionKind.KEEP, ActionKind.NARROW, ActionKind.FACTOR, ActionKind.DELTA)
 
 
 @dataclass(frozen=True)
 class Action:
-    """`size` is the number of neurons of `narrow`, the rank of `factor` and the stored expert of `redirect`."""
+    """`size`: neurons of `narrow`, the rank of `factor` and `delta`, the stored expert that `redirect` leads to."""
 
     kind: ActionKind
     size: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -14,17 +14,18 @@ from moec.experts.layer import MoeLayer
 
 
 class Distortion(Enum):
-    """How errors of layers are made comparable; `auto` takes sensitivity where there are gradients, else mse."""
+    """How errors of layers are made comparable; `auto` takes curvature where there are gradients, else mse."""
 
     AUTO = "auto"
     MSE = "mse"  # the squared error of the layer's output
     SENSITIVITY = "mse-x-sensitivity"  # times half the mean square of an element of the loss's gradient
+    CURVATURE = "curvature"  # half the error in the norm of the gradient's second moment on the expert's tokens
     FISHER = "fisher"  # half the squared change of the loss that the gradient predicts, token by token
 
     def resolved(self, *, gradients: bool) -> Distortion:
         """What `auto` means. Raises UsageError for a measure that needs gradients where there are none."""
         if self is Distortion.AUTO:
-            return Distortion.SENSITIVITY if gradients else Distortion.MSE
+            return Distortion.CURVATURE if gradients else Distortion.MSE
         if self is not Distortion.MSE and not gradients:
             raise UsageError(f"distortion={self.value} needs gradients", hint="calibrate{gradients}")
         return self
@@ -32,12 +33,16 @@ class Distortion(Enum):
 
 @dataclass(frozen=True)
 class ErrorMeasure:
-    """Prices errors of one layer. Sums over rows are divided by all rows of the sample."""
+    """Prices errors of one layer. Sums over rows are divided by all rows of the sample.
+
+    `root` [H, H], where there is one, is multiplied to errors from the right before they are squared.
+    """
 
     kind: Distortion
     rows: int
     factor: float
     gradient: torch.Tensor | None
+    root: torch.Tensor | None = None
 
     @staticmethod
     def of(kind: Distortion, layer: MoeLayer, sample: LayerSample, statistics: LayerStatistics) -> ErrorMeasure:
@@ -48,15 +53,35 @@ class ErrorMeasure:
             assert energy is not None
             factor = 0.5 * energy / layer.hidden_size
         gradient = None
-        if kind is Distortion.FISHER:
+        if kind in (Distortion.FISHER, Distortion.CURVATURE):
             assert sample.gradient is not None
             gradient, factor = sample.gradient.double(), 0.5
         return ErrorMeasure(kind, len(sample), factor, gradient)
 
+    def of_expert(self, rows: torch.Tensor) -> ErrorMeasure:
+        """That of an expert which the rows [n] chose.
+
+        With few rows the second moment of its gradients is drawn to that of all rows, which counts as H rows.
+        """
+        if self.kind is not Distortion.CURVATURE:
+            return self
+        assert self.gradient is not None
+        everything = self.gradient.T @ self.gradient / self.rows
+        own = self.gradient[rows]
+        size = own.shape[1]
+        values, vectors = torch.linalg.eigh((own.T @ own + size * everything) / (len(rows) + size))
+        return replace(self, root=vectors * values.clamp_min(0).sqrt())
+
+    def scaled_columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """Columns [H, m] of a last product as errors in them count."""
+        return columns.double() if self.root is None else self.root.T @ columns.double()
+
     def price(self, rows: torch.Tensor, errors: torch.Tensor) -> float:
         """The price of errors [n, H] of the layer's output in the rows [n] of the sample."""
         errors = errors.double()
-        if self.gradient is not None:
+        if self.root is not None:
+            squares = (errors @ self.root).square()
+        elif self.gradient is not None:
             squares = (self.gradient[rows] * errors).sum(1).square()
         else:
             squares = errors.square()
@@ -67,8 +92,8 @@ class ErrorMeasure:
 
         `hidden` [n, m] are gated activations and `columns` [H, m] those of the last product, most important first.
         """
-        hidden, columns = hidden.double(), columns.double()
-        if self.gradient is not None:
+        hidden, columns = hidden.double(), self.scaled_columns(columns)
+        if self.gradient is not None and self.root is None:
             along = (self.gradient[rows] @ columns) * hidden
             tails = along.flip(1).cumsum(1).square().sum(0).flip(0)
         else:

@@ -26,9 +26,10 @@ class ExpertPlan(Record):
 
 
 class LayerPlan(Record):
-    """One layer by its name, with all of its stored experts."""
+    """One layer by its name, with all of its stored experts. `base_bytes` are those of the mean of `delta` experts."""
 
     layer: str
+    base_bytes: int = 0
     experts: tuple[ExpertPlan, ...]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,12 @@ import torch
 from moec.artifact.options import OutputDType
 from moec.budget.actions import Action, ActionKind, Offer
 from moec.budget.measure import Distortion, ErrorMeasure
+from moec.budget.shared_base import ranks_of, shared_base
 from moec.calibration.calibration import Calibration
 from moec.experts import Constant, Dense, Expert, FeedForward, LowRank, MoeLayer, load_expert
 from moec.experts.bodies import operands_of
-from moec.passes.factoring.decomposition import decompose, rank_for_parameters, saves
+from moec.passes.factoring.decomposition import decompose, saves
 from moec.passes.factoring.sides import Basis, Norms, Side, dense_matrix, projection, with_matrices
-from moec.passes.neuron_pruning.scores import column_energy
 from moec.passes.neuron_pruning.slicing import slice_neurons, slicing_problem
 
 DAMPING = 0.01
@@ -44,14 +44,33 @@ class ExpertTable:
     offers: tuple[Offer, ...]
 
 
-def layer_tables(layer: MoeLayer, calibration: Calibration, settings: TableSettings) -> list[ExpertTable]:
-    """The tables of all stored experts of a layer. Raises UnreadableExpertError where one cannot be read."""
+@dataclass(frozen=True)
+class LayerTable:
+    """The tables of all stored experts of a layer; `base_bytes` are those of the mean that `delta` experts share."""
+
+    experts: tuple[ExpertTable, ...]
+    base_bytes: int
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of experts that all stay as they are."""
+        return sum(table.offers[0].bytes for table in self.experts)
+
+    @property
+    def source_flops(self) -> float:
+        """FLOPs of experts that all stay as they are."""
+        return sum(table.offers[0].flops for table in self.experts)
+
+
+def layer_table(layer: MoeLayer, calibration: Calibration, settings: TableSettings) -> LayerTable:
+    """The table of a layer. Raises UnreadableExpertError where an expert cannot be read."""
     sample, statistics = calibration.sample(layer), calibration.statistics(layer)
     measure = ErrorMeasure.of(settings.distortion, layer, sample, statistics)
     norms = Norms(layer, sample, Basis.GATE_WHITENED, DAMPING)
     used = sorted(set(layer.stored) - {-1})
     x = sample.x.float()
     redirects = _redirect_prices(layer, calibration, measure) if ActionKind.REDIRECT in settings.actions else None
+    base = shared_base(layer, sample.weights, statistics.count) if ActionKind.DELTA in settings.actions else None
     tables = []
     full: dict[int, float] = {}
     for number in range(layer.expert_count):
@@ -61,15 +80,19 @@ def layer_tables(layer: MoeLayer, calibration: Calibration, settings: TableSetti
         full[number] = share * work(expert)
         if number in used and number not in layer.protected:
             rows, gates = sample.chosen(layer, number)
-            inputs = x[rows]
+            inputs, priced = x[rows], measure.of_expert(rows)
             if isinstance(expert, FeedForward):
-                offers += _narrowed(expert, rows, gates, inputs, measure, settings, share)
-                offers += _factored(expert, number, rows, gates, inputs, measure, settings, share, norms)
-            offers += _vanished(expert, rows, gates, inputs, measure, settings)
+                offers += _narrowed(expert, rows, gates, inputs, priced, settings, share)
+                offers += _factored(expert, number, rows, gates, inputs, priced, settings, share, norms)
+                if base is not None and number in base.members:
+                    thin = base.differences(expert, number, norms)
+                    offers += _thinned(thin.at, ActionKind.DELTA, expert, rows, gates, inputs, priced, settings, share)
+            offers += _vanished(expert, rows, gates, inputs, priced, settings)
             if redirects is not None:
                 offers += _redirected(layer, number, redirects[number], settings.nearest)
         tables.append(ExpertTable(number, expert.width if isinstance(expert, FeedForward) else 0, tuple(offers)))
-    return [_with_redirect_work(table, statistics.count, full) for table in tables]
+    base_bytes = 0 if base is None else base.elements * settings.dtype.itemsize
+    return LayerTable(tuple(_with_redirect_work(table, statistics.count, full) for table in tables), base_bytes)
 
 
 def stored_bytes(expert: Expert, dtype: OutputDType) -> int:
@@ -92,9 +115,9 @@ def constant_output(outputs: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     return (weights @ outputs.double() / weights.sum().clamp_min(1e-300)).float()
 
 
-def neuron_order(expert: FeedForward, gated: torch.Tensor) -> torch.Tensor:
-    """Neurons by falling energy of what they add to the layer's output, from gated activations [n, m]; int64 [m]."""
-    energy = gated.double().square().sum(0) * column_energy(expert.down)
+def neuron_order(expert: FeedForward, gated: torch.Tensor, measure: ErrorMeasure) -> torch.Tensor:
+    """Neurons by falling price of losing each alone, from gated activations [n, m]; int64 [m]."""
+    energy = gated.double().square().sum(0) * measure.scaled_columns(expert.down.dense()).square().sum(0)
     return torch.sort(energy, descending=True, stable=True).indices
 
 
@@ -121,7 +144,7 @@ def _narrowed(
     if ActionKind.NARROW not in settings.actions or slicing_problem(expert):
         return []
     gated = expert.hidden_activations(inputs).double() * gates[:, None]
-    order = neuron_order(expert, gated)
+    order = neuron_order(expert, gated, measure)
     prices = measure.tail_prices(rows, gated[:, order], expert.down.dense()[:, order])
     offers = []
     for width in sorted({expert.width * step // settings.steps for step in range(1, settings.steps)} - {0}):
@@ -147,18 +170,36 @@ def _factored(
     sides = [found for side in Side if (found := projection(expert, side)) is not None]
     if ActionKind.FACTOR not in settings.actions or not all(isinstance(found.matrix, Dense) for found in sides):
         return []
+    return _thinned(
+        lambda rank: factored(expert, number, rank, norms),
+        ActionKind.FACTOR,
+        expert,
+        rows,
+        gates,
+        inputs,
+        measure,
+        settings,
+        share,
+    )
+
+
+def _thinned(
+    at: Callable[[int], FeedForward],
+    kind: ActionKind,
+    expert: FeedForward,
+    rows: torch.Tensor,
+    gates: torch.Tensor,
+    inputs: torch.Tensor,
+    measure: ErrorMeasure,
+    settings: TableSettings,
+    share: float,
+) -> list[Offer]:
     outputs = expert.apply(inputs)
-    size = expert.up.matrix.shape
-    least = sum(size)
-    ranks = {rank_for_parameters(part * size[0] * size[1], *size) for part in settings.shares
-             if part * size[0] * size[1] >= least}  # fmt: skip
     offers = []
-    for rank in sorted(ranks):
-        thin = factored(expert, number, rank, norms)
-        errors = (thin.apply(inputs) - outputs) * gates[:, None]
-        action = Action(ActionKind.FACTOR, rank)
-        price = measure.price(rows, errors)
-        offers.append(Offer(action, stored_bytes(thin, settings.dtype), share * work(thin), price))
+    for rank in ranks_of(settings.shares, expert.up.matrix.shape):
+        thin = at(rank)
+        price = measure.price(rows, (thin.apply(inputs) - outputs) * gates[:, None])
+        offers.append(Offer(Action(kind, rank), stored_bytes(thin, settings.dtype), share * work(thin), price))
     return offers
 
 
@@ -208,16 +249,12 @@ def _redirect_prices(layer: MoeLayer, calibration: Calibration, measure: ErrorMe
     sample = calibration.sample(layer)
     x, count = sample.x.float(), layer.expert_count
     chosen = [sample.chosen(layer, number) for number in range(count)]
+    measures = [measure.of_expert(rows) for rows, _ in chosen]
     own = [load_expert(layer, sample.weights, number).apply(x[chosen[number][0]]) for number in range(count)]
     result = torch.zeros(count, count, dtype=torch.float64)
     for other in range(count):
         outputs = load_expert(layer, sample.weights, other).apply(x)
         for number, (rows, gates) in enumerate(chosen):
             if number != other:
-                result[number, other] = measure.price(rows, (outputs[rows] - own[number]) * gates[:, None])
+                result[number, other] = measures[number].price(rows, (outputs[rows] - own[number]) * gates[:, None])
     return result
-
-
-def total_bytes(tables: Sequence[ExpertTable]) -> int:
-    """Bytes of experts that all stay as they are."""
-    return sum(table.offers[0].bytes for table in tables)
