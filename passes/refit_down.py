@@ -43,6 +43,7 @@ class RefitDown(Pass):
     )
     hold_out: float = option("share of the calibration sequences that the fit is checked on", 0.2)
     least_tokens: int = option("rows of the sample without which nothing is fitted", 2048)
+    balance: bool = option("tokens with outputs above the median count less, as norms will shrink them", True)
     sweeps: int = option("times that `expert` goes over the experts of a layer", 3)
 
     def __post_init__(self) -> None:
@@ -55,7 +56,7 @@ class RefitDown(Pass):
 
     def run(self, op: Operation, context: PassContext) -> None:
         calibration, weights = context.require_calibration(), context.require_weights()
-        settings = FitSettings(self.scope, self.ridge, self.hold_out, self.least_tokens, self.sweeps)
+        settings = FitSettings(self.scope, self.ridge, self.hold_out, self.least_tokens, self.sweeps, self.balance)
         for unreadable in find_unreadable(op):
             context.refuse(unreadable.op, unreadable.reason, self.pass_name)
         for layer in find_moe_layers(op):

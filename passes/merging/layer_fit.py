@@ -28,13 +28,15 @@ class FitScope(Enum):
 @dataclass(frozen=True)
 class FitSettings:
     """`ridges` weigh the change against the error, the best one is taken; `hold_out` is the share of rows that the fit
-    is checked on; fewer rows than `least_tokens` are not fitted; `sweeps` over the experts of a layer."""
+    is checked on; fewer rows than `least_tokens` are not fitted; `sweeps` over the experts of a layer. With `balance`
+    rows count less the larger their output is."""
 
     scope: FitScope
     ridges: tuple[float, ...]
     hold_out: float
     least_tokens: int
     sweeps: int
+    balance: bool
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class LayerFit:
     """`experts` with their new last products, empty where the fit is not to be used, and then `problem` says why.
 
     `before` and `after`: squared error of the layer as a share of its squared output, on the rows that the fit did not
-    see; `exact` that there was nothing to fit.
+    see, weighted as the fit is; `exact` that there was nothing to fit.
     """
 
     experts: Mapping[int, Expert]
@@ -101,13 +103,18 @@ def fit_layer(
         return LayerFit({}, exact=True)
     if len(sample) < settings.least_tokens:
         return LayerFit({}, problem=f"{len(sample)} tokens are too few, at least {settings.least_tokens} are needed")
+    wanted = sample.y.double()
+    if settings.balance:
+        scale = _row_scales(wanted)
+        wanted, residual = wanted * scale, residual * scale
+        parts = [replace(part, features=part.features * scale[part.rows]) for part in parts]
     held = held_out_rows(sample.sequence, settings.hold_out, generator)
     kept = ~held
     if not held.any() or not kept.any():
         return LayerFit({}, problem=f"{len(sample)} tokens are too few to hold some of them out")
     joint = _is_joint(parts, len(sample), settings.scope)
     trials = _solve(parts, residual, kept, settings, settings.ridges, joint=joint)
-    energy = mean_square(sample.y[held])
+    energy = mean_square(wanted[held]) or 1.0
     before = mean_square(residual[held]) / energy
     errors = [mean_square(_remainder(parts, residual, trial)[held]) / energy for trial in trials]
     after, ridge = min(zip(errors, settings.ridges, strict=True))
@@ -137,6 +144,16 @@ def _parts(layer: MoeLayer, sample: LayerSample, weights: WeightContext) -> tupl
         if features is not None:
             parts.append(_Part(number, expert, rows, gates[:, None] * features.double()))
     return parts, residual
+
+
+def _row_scales(y: torch.Tensor) -> torch.Tensor:
+    """Factors [R, 1] after which rows of `y` [R, H] far above the median are about as long as it.
+
+    The squared error of few tokens with huge outputs would decide the fit otherwise, although a norm comes after them.
+    """
+    squares = y.square().sum(dim=1, keepdim=True)
+    usual = squares[squares > 0].median() if bool(squares.any()) else squares.new_tensor(1.0)
+    return (usual / (usual + squares)).sqrt()
 
 
 def _features(expert: FeedForward, hidden: torch.Tensor) -> torch.Tensor | None:

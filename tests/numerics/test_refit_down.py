@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moec
+from moec.calibration.sample import LayerSample
 from moec.experts import (
     Dense,
     FeedForward,
@@ -26,6 +27,7 @@ from moec.experts import (
 )
 from moec.ir import structural_difference
 from moec.module import Module
+from moec.passes.merging.layer_fit import FitScope, FitSettings, fit_layer
 from moec.pipeline.manager import PassRecord
 from tests.experts.models import copy_of, difference, output, raised_model
 from tests.numerics.calibrated_models import random_sequences, write_tokens
@@ -164,7 +166,7 @@ def test_only_last_products_change(mixtral: Module) -> None:
 def test_many_sweeps_come_to_the_joint_solution(mixtral: Module) -> None:
     source = changed(mixtral, drop_three)
     joint, few, many = (
-        errors(mixtral, refitted(source, f"{options} ridge=1e-6")[0])
+        errors(mixtral, refitted(source, f"{options} ridge=1e-6 balance=false")[0])
         for options in ("scope=joint", "scope=expert sweeps=1", "scope=expert sweeps=40")
     )
     for best, first, last in zip(joint, few, many, strict=True):
@@ -223,6 +225,30 @@ def test_two_tokens(mixtral: Module, tmp_path: Path) -> None:
         assert structural_difference(source.op, result.op) is None
         assert record.statistics["rejected"] == 2
         assert all("2 tokens are too few" in remark.text for remark in record.remarks)
+
+
+def test_a_token_with_a_huge_output_does_not_decide_the_fit(mixtral: Module) -> None:
+    assert mixtral.calibration is not None
+    source = changed(mixtral, drop_three)
+    layer = layers_of(source)[0]
+    sample = mixtral.calibration.sample(layer)
+    x, y = sample.x.clone(), sample.y.clone()
+    huge = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:40]
+    x[huge] *= 30
+    y[huge] *= 900
+    bent = LayerSample(x, sample.router_input, y, None, sample.sequence, sample.weights)
+    usual = torch.ones(len(x), dtype=torch.bool)
+    usual[huge] = False
+    left = []
+    for balance in (False, True):
+        settings = FitSettings(FitScope.JOINT, (1e-3,), 0.2, 0, 1, balance)
+        fit = fit_layer(layer, bent, source.weights, settings, torch.Generator().manual_seed(0))
+        copy = copy_of(source)
+        after = replace_experts(layers_of(copy)[0], copy.weights, fit.experts)
+        found = run_layer(after, copy.weights, x[usual], sample.router_input[usual]).y
+        assert found is not None
+        left.append(float((found - y[usual]).square().sum()))
+    assert left[1] < 0.8 * left[0]
 
 
 def test_the_same_fit_twice(mixtral: Module) -> None:
