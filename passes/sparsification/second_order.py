@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+_PART_COLUMNS = 128
+"""Columns whose errors reach the later ones in one product."""
+
 Chooser = Callable[[torch.Tensor], torch.Tensor]
 """Scores [out, columns] of some neighbouring columns to the mask of the weights that stay."""
 
@@ -27,16 +30,21 @@ def prune_second_order(
     # row j of the upper Cholesky factor of H⁻¹ holds what column j's error does to the later columns
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        diagonal = factor.diagonal()[start:end]
-        mask = choose(result[:, start:end].square() / diagonal.square())
+    part = max(_PART_COLUMNS // block, 1) * block
+    for start in range(0, columns, part):
+        end = min(start + part, columns)
         errors = torch.zeros_like(result[:, start:end])
-        for offset in range(end - start):
-            column = start + offset
-            pruned = torch.where(mask[:, offset], result[:, column], 0.0)
-            errors[:, offset] = (result[:, column] - pruned) / factor[column, column]
-            result[:, column:end] -= errors[:, offset, None] * factor[column, column:end]
+        mask = torch.empty_like(errors, dtype=torch.bool)
+        for column in range(start, end):
+            if (column - start) % block == 0:
+                ahead = slice(column, min(column + block, end))
+                mask[:, column - start : ahead.stop - start] = choose(
+                    result[:, ahead].square() / factor.diagonal()[ahead].square()
+                )
+            pruned = torch.where(mask[:, column - start], result[:, column], 0.0)
+            error = (result[:, column] - pruned) / factor[column, column]
+            result[:, column:end] -= error[:, None] * factor[column, column:end]
             result[:, column] = pruned
+            errors[:, column - start] = error
         result[:, end:] -= errors @ factor[start:end, end:]
     return result.to(weight.dtype)
