@@ -248,7 +248,7 @@ def test_a_token_with_a_huge_output_does_not_decide_the_fit(mixtral: Module) -> 
         found = run_layer(after, copy.weights, x[usual], sample.router_input[usual]).y
         assert found is not None
         left.append(float((found - y[usual]).square().sum()))
-    assert left[1] < 0.8 * left[0]
+    assert left[1] < 0.9 * left[0]
 
 
 def test_the_same_fit_twice(mixtral: Module) -> None:
