@@ -131,6 +131,10 @@ def read_report(folder: Path) -> Report:
 
 def render_report(report: Report) -> str:
     """The report as one HTML page that needs nothing else: style and drawings are inside, scripts there are none."""
+    # they read the facts that this module defines
+    from moec.artifact.expert_picture import expert_picture, kind_colour
+    from moec.artifact.expert_rows import describe_experts, describe_widths
+
     environment = Environment(
         loader=PackageLoader("moec.artifact", "."),
         autoescape=True,
@@ -140,7 +144,12 @@ def render_report(report: Report) -> str:
     )
     environment.filters["size"] = format_size
     environment.filters["number"] = format_number
-    return environment.get_template("report.html.j2").render(report=report, runs=layer_runs(report.layers))
+    environment.filters["colour"] = kind_colour
+    environment.filters["experts"] = describe_experts
+    environment.filters["widths"] = describe_widths
+    return environment.get_template("report.html.j2").render(
+        report=report, runs=layer_runs(report.layers), picture=expert_picture(report.layers)
+    )
 
 
 def format_size(size: float) -> str:

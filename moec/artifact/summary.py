@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moec.artifact.expert_facts import class_facts, expert_use
 from moec.artifact.ledger import ModelSize
-from moec.artifact.report import ExpertClassFacts, LayerFacts
-from moec.artifact.weight_uses import WeightUse, slots_per_token, weight_uses, without_cast
+from moec.artifact.report import LayerFacts
+from moec.artifact.weight_uses import WeightUse, slots_per_token, weight_uses
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertsOp, GroupScore, Normalize, RouteOp, Routing, Select
 from moec.dialects.nn import MLPOp
-from moec.ir import Region, TensorType, Value
-from moec.weights.expression_parser import parse_expression
+from moec.ir import Value
 
 if TYPE_CHECKING:
     from moec.module import Module
 
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
-_ACTIVATIONS = {"silu": "SiLU", "gelu": "GELU", "relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
-_GATED = {"SiLU": "SwiGLU", "GELU": "GeGLU", "ReLU": "ReGLU"}
-_PRODUCTS = ("aten.linear.", "aten.mm.", "aten.matmul.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.")
 
 
 def model_size(module: Module) -> ModelSize:
@@ -46,14 +42,22 @@ def layer_facts(module: Module) -> tuple[LayerFacts, ...]:
 
     A weight that several layers share counts in the first.
     """
+    experts: dict[str, list[ExpertsOp]] = {}
+    for op in module.op.walk():
+        if isinstance(op, ExpertsOp):
+            experts.setdefault(layer_of_experts(op), []).append(op)
+    readers = {id(weight): name for name, ops in experts.items() for op in ops for weight in _weight_ops(op.weights)}
     names: dict[str, list[WeightUse]] = {}
     for use in weight_uses(module):
-        names.setdefault(layer_of(use.op.weight_name), []).append(use)
-    experts = {layer_of_experts(op): op for op in module.op.walk() if isinstance(op, ExpertsOp)}
+        own = layer_of(use.op.weight_name)
+        names.setdefault(own or readers.get(id(use.op), ""), []).append(use)
     blocks = [op for op in module.op.walk() if isinstance(op, MLPOp)]
     dense = {id(weight) for op in blocks for weight in _weight_ops(op.weights)}
     layers = list(dict.fromkeys([*names, *experts]))
-    facts = [_one_layer(module, name, names.get(name, []), experts.get(name), dense) for name in layers if name]
+    facts: list[LayerFacts] = []
+    for name in layers:
+        if name:
+            facts += _one_layer(module, name, names.get(name, []), experts.get(name, []), dense)
     if "" in names:
         rest = sum(use.bytes for use in names[""])
         facts.append(LayerFacts(name="embedding and head", kind="other", other_bytes=rest))
@@ -67,8 +71,8 @@ def layer_of(weight_name: str) -> str:
 
 
 def layer_of_experts(op: ExpertsOp) -> str:
-    """The layer that an operation's first stack of weights belongs to; empty if it has none."""
-    return next((layer_of(weight.weight_name) for weight in _weight_ops(op.weights)), "")
+    """The layer that experts belong to, by their own name or that of their first weight; empty for none."""
+    return layer_of(op.location.name) or next((layer_of(weight.weight_name) for weight in _weight_ops(op.weights)), "")
 
 
 def describe_routing(routing: Routing) -> str:
@@ -88,71 +92,38 @@ def describe_routing(routing: Routing) -> str:
 
 
 def _one_layer(
-    module: Module, name: str, uses: Sequence[WeightUse], experts: ExpertsOp | None, dense: set[int]
-) -> LayerFacts:
-    total = sum(use.bytes for use in uses)
+    module: Module, name: str, uses: Sequence[WeightUse], experts: Sequence[ExpertsOp], dense: set[int]
+) -> list[LayerFacts]:
+    """The layer, and one more entry for each further operation of experts in it, such as auxiliary ones."""
     feed_forward = sum(use.bytes for use in uses if id(use.op) in dense)
-    if experts is None:
-        return LayerFacts(name=name, kind="dense", feed_forward_bytes=feed_forward, other_bytes=total - feed_forward)
-    routed = {id(weight) for weight in _weight_ops(experts.weights)}
-    expert_bytes = sum(use.bytes for use in uses if id(use.op) in routed)
-    route = experts.ids.defining_op
-    return LayerFacts(
-        name=name,
-        kind="moe",
-        router_outputs=len(experts.stored),
-        top_k=slots_per_token(experts),
-        routing=describe_routing(route.routing) if isinstance(route, RouteOp) else "",
-        classes=tuple(_class_facts(module, experts)),
-        stored=experts.stored,
-        protected=experts.protected,
-        expert_bytes=expert_bytes,
-        feed_forward_bytes=feed_forward,
-        other_bytes=total - feed_forward - expert_bytes,
-    )
-
-
-def _class_facts(module: Module, experts: ExpertsOp) -> Iterator[ExpertClassFacts]:
-    for group, weights, region in experts.class_operands():
-        own = sum(weight_bytes(module, weight) for weight in _weight_ops(weights[: group.stacks]))
-        yield ExpertClassFacts(
-            experts=group.experts,
-            width=inner_width(region),
-            body=describe_body(region),
-            bytes_per_expert=own // len(group.experts),
-            shared_bytes=sum(weight_bytes(module, weight) for weight in _weight_ops(weights[group.stacks :])),
+    rest = sum(use.bytes for use in uses) - feed_forward
+    if not experts:
+        return [LayerFacts(name=name, kind="dense", feed_forward_bytes=feed_forward, other_bytes=rest)]
+    facts: list[LayerFacts] = []
+    counted: set[int] = set()
+    for op in experts:
+        routed = {id(weight) for weight in _weight_ops(op.weights)} - counted
+        counted |= routed
+        size = sum(use.bytes for use in uses if id(use.op) in routed)
+        rest -= size
+        route = op.ids.defining_op
+        facts.append(
+            LayerFacts(
+                name=f"{name} {op.location.name.rpartition('.')[2]}" if facts else name,
+                kind="moe",
+                router_outputs=len(op.stored),
+                top_k=slots_per_token(op),
+                routing=describe_routing(route.routing) if isinstance(route, RouteOp) else "",
+                classes=tuple(class_facts(module, op)),
+                stored=op.stored,
+                protected=op.protected,
+                use=expert_use(module, op),
+                expert_bytes=size,
+            )
         )
-
-
-def describe_body(region: Region) -> str:
-    """The kind of feed-forward block that a region computes, such as `SwiGLU`."""
-    names = [op.name.removeprefix("aten.").split(".")[0] for op in region.block]
-    activation = next((_ACTIVATIONS[name] for name in names if name in _ACTIVATIONS), "linear")
-    if "mul" not in names:
-        return activation
-    return _GATED.get(activation, f"gated {activation}")
-
-
-def inner_width(region: Region) -> int:
-    """The width of the hidden layer of an expert body: the contracted size of its last matrix product; 0 if none."""
-    for op in reversed(region.block):
-        if op.name.startswith(_PRODUCTS):
-            for operand in op.operands:
-                shape = _shape(operand)
-                if len(shape) >= 2 and not isinstance(shape[-2], int) and isinstance(shape[-1], int):
-                    return shape[-1]
-    return 0
-
-
-def weight_bytes(module: Module, weight: WeightOp) -> int:
-    """Bytes of a weight in the element type that it is stored in; the IR computes in float32 through a cast."""
-    shape, dtype = module.weights.shape_dtype(without_cast(parse_expression(weight.source)))
-    return math.prod(shape) * dtype.itemsize
+    facts[0] = facts[0].model_copy(update={"feed_forward_bytes": feed_forward, "other_bytes": rest})
+    return facts
 
 
 def _weight_ops(values: Sequence[Value]) -> list[WeightOp]:
     return [value.defining_op for value in values if isinstance(value.defining_op, WeightOp)]
-
-
-def _shape(value: Value) -> tuple[object, ...]:
-    return tuple(value.type.shape) if isinstance(value.type, TensorType) else ()

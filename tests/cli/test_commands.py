@@ -131,6 +131,24 @@ def test_inspect_shows_the_same_layers_for_source_and_artifact(moec: Command, co
     assert facts["manifest"]["build"]["target"] == "portable"
 
 
+def test_inspect_lists_experts_and_how_often_they_are_chosen(moec: Command, compiled: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning God created the heaven and the earth. " * 60)
+    code, out, _ = moec("inspect", DEMO_MODEL, "--calibration", text)
+    assert code == 0
+    assert "gate mass" in out and len(re.findall(r"%", out)) == 4 * 8 * 2
+    layers = json.loads(moec("inspect", DEMO_MODEL, "--calibration", text, "--json")[1])["layers"]
+    for layer in layers[:4]:
+        # each token chose two experts, and its gates add up to 1
+        assert sum(layer["use"]["chosen"]) == 2 * layer["use"]["tokens"] > 0
+        assert sum(layer["use"]["gate_mass"]) == pytest.approx(layer["use"]["tokens"], rel=1e-3)
+    assert "gate mass" not in moec("inspect", compiled)[1]
+    assert "SwiGLU    192  7" in moec("inspect", compiled)[1]
+    assert "SwiGLU    192  7" not in moec("inspect", compiled, "--no-experts")[1]
+    code, _, err = moec("inspect", compiled, "--calibration", text)
+    assert code == 2 and "not calibrated again" in err
+
+
 def test_plan_is_near_what_the_compilation_took(moec: Command, compiled: Path) -> None:
     code, out, _ = moec("plan", DEMO_MODEL, "--json")
     assert code == 0
