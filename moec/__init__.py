@@ -9,18 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moec.api import compile, load, run_passes
+    from moec.api import compile, load, run_passes, write_checkpoint
     from moec.artifact.compilation import CompileResult
     from moec.module import Module
 
 __version__ = "0.1.0"
-__all__ = ["CompileResult", "Module", "__version__", "compile", "load", "run_passes"]
+__all__ = ["CompileResult", "Module", "__version__", "compile", "load", "run_passes", "write_checkpoint"]
 
 _LAZY = {
     "CompileResult": "moec.artifact.compilation",
     "compile": "moec.api",
     "load": "moec.api",
     "run_passes": "moec.api",
+    "write_checkpoint": "moec.api",
     "Module": "moec.module",
 }
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moec.artifact.compilation import CompileResult
+    from moec.codegen.huggingface.emit import HuggingFaceReport
     from moec.frontend.experts_adapter import ExpertsAdapter
     from moec.frontend.torch_export import DynamicSizes
     from moec.pipeline.manager import PipelineReport
@@ -100,10 +101,32 @@ def compile(
         recipe=str(recipe),
         budget=budget,
         calibration=None if calibration is None else Path(calibration),
-        emit=tuple(Backend(name) for name in emit),
+        emit=tuple(sorted({Backend(name) for name in emit}, key=list(Backend).index)),
         checkpoint=CheckpointOptions(uniform, CheckpointDType(checkpoint_dtype), shard_bytes),
     )
     return compile_folder(Path(source), Path(output), options, replace=replace)
+
+
+def write_checkpoint(
+    module: Module,
+    output: str | Path,
+    *,
+    uniform: bool = False,
+    checkpoint_dtype: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
+) -> HuggingFaceReport:
+    """Writes `module` as the Hugging Face folder `output`, which appears when it is whole.
+
+    Nothing is compared; `compile` with `emit=["huggingface"]` verifies what it writes. Raises UsageError if `output`
+    exists or if `module` did not come from a Hugging Face folder, UnsupportedModelError if transformers has no model of
+    its operations, and ValueError for an unknown element type.
+    """
+    from moec.artifact.checkpoint import emit_checkpoint
+    from moec.artifact.folder import atomic_folder
+
+    options = CheckpointOptions(uniform, CheckpointDType(checkpoint_dtype), shard_bytes)
+    with atomic_folder(Path(output)) as folder:
+        return emit_checkpoint(module, folder, options)
 
 
 def run_passes(

@@ -68,15 +68,15 @@ def load_plugins(plugins: Sequence[str] | None) -> None:
 
 
 def parse_emit(text: str) -> tuple[Backend, ...]:
-    """The backends of `--emit`, each once. Raises UsageError for an unknown one."""
-    found: dict[Backend, None] = {}
+    """The backends of `--emit`, each once and always in one order. Raises UsageError for an unknown one."""
+    found: set[Backend] = set()
     for name in text.split(","):
         try:
-            found[Backend(name.strip())] = None
+            found.add(Backend(name.strip()))
         except ValueError:
             known = ", ".join(backend.value for backend in Backend)
             raise UsageError(f"there is no backend {name.strip()!r}", hint=f"known are {known}") from None
-    return tuple(found)
+    return tuple(backend for backend in Backend if backend in found)
 
 
 def checkpoint_options(uniform: bool, dtype: CheckpointDType, shard_size: str) -> CheckpointOptions:

@@ -40,8 +40,8 @@ def run(
 
     read_manifest(artifact)
     folder = artifact / "onnx"
-    codec = TextCodec(folder)
     model = OnnxModel(folder / "model.onnx", threads=threads)
+    codec = TextCodec(folder)
     tokens = [codec.encode_prompt(text) for text in prompts]
     if not model.is_decoder:
         vectors = embed(model, tokens).tolist()
