@@ -1,0 +1,87 @@
+"""Which neurons and weights to drop: orderings of criteria on trained models, over seeds of the calibration."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.quality.harness import increases
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quality-micro")]
+
+_MODELS = ("scratch", "upcycled")
+_RATIOS = (0.2, 0.4, 0.6, 0.8)
+# nats per byte: what two calibration texts may differ in where little is lost
+_TIE = 0.003
+
+
+def _pruned(name: str, ratio: float, options: str) -> NDArray[np.float64]:
+    return increases(name, f"prune-micro-experts{{ratio={ratio} {options}}}", gradients=True)
+
+
+def _sparse(name: str, criterion: str) -> NDArray[np.float64]:
+    return increases(name, f"nm-sparsify{{criterion={criterion}}}", gradients=True)
+
+
+@pytest.mark.parametrize("ratio", _RATIOS)
+@pytest.mark.parametrize("name", _MODELS)
+def test_energy_is_far_better_than_magnitude_and_chance(name: str, ratio: float) -> None:
+    factor = 4 if ratio < 0.5 else 2
+    energy = _pruned(name, ratio, "criterion=camera")
+    assert (factor * energy < _pruned(name, ratio, "criterion=magnitude")).all()
+    assert (factor * energy < _pruned(name, ratio, "criterion=random")).all()
+
+
+@pytest.mark.parametrize("ratio", _RATIOS)
+@pytest.mark.parametrize("name", _MODELS)
+def test_ranking_the_neurons_of_a_layer_is_better_than_equal_widths(name: str, ratio: float) -> None:
+    ragged, equal = (_pruned(name, ratio, f"criterion=camera scope={scope}") for scope in ("layer", "expert"))
+    assert (ragged < 0.95 * equal).all()
+
+
+@pytest.mark.parametrize("ratio", _RATIOS)
+@pytest.mark.parametrize("name", _MODELS)
+def test_sensitivity_makes_energies_of_layers_comparable(name: str, ratio: float) -> None:
+    """Where little is removed they are as good as without it, where much is they are better."""
+    sensitive = _pruned(name, ratio, "criterion=energy-x-sensitivity scope=global").mean()
+    plain = _pruned(name, ratio, "criterion=camera scope=global").mean()
+    if ratio < 0.5:
+        assert sensitive < plain + _TIE
+    else:
+        assert sensitive < 0.95 * plain
+        assert sensitive < 0.95 * _pruned(name, ratio, "criterion=camera").mean()
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_heapr_is_better_summed_over_tokens_than_averaged(name: str) -> None:
+    """Over all ratios and both scopes: the experts of these models are used nearly equally, so single points tie."""
+
+    def total(criterion: str) -> float:
+        points = [
+            _pruned(name, ratio, f"criterion={criterion} scope={scope}").mean()
+            for ratio in _RATIOS
+            for scope in ("layer", "global")
+        ]
+        return float(sum(points))
+
+    assert total("heapr-sum") < total("heapr")
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_second_order_is_far_better_than_scores_at_two_of_four(name: str) -> None:
+    wanda, gate_wanda = _sparse(name, "wanda"), _sparse(name, "gate-wanda")
+    assert (wanda < 0.95 * _sparse(name, "magnitude")).all()
+    assert (gate_wanda < 1.05 * wanda).all()
+    for criterion in ("sparsegpt", "gate-sparsegpt"):
+        assert (_sparse(name, criterion) < 0.5 * gate_wanda).all()
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_fifth_of_the_smallest_weights_is_nearly_free(name: str) -> None:
+    found = [
+        float(increases(name, f"nm-sparsify{{pattern=global ratio={ratio}}}", seeds=(0,), gradients=True)[0])
+        for ratio in _RATIOS
+    ]
+    assert found[0] < 0.02
+    assert found == sorted(found)
