@@ -51,9 +51,7 @@ SIMPLIFIED = {
         "concat(0, slice(e.0.w1, 0, 0, 1, 1), slice(e.0.w1, 0, 1, 2, 1))"
     ),
     "transpose(concat(0, slice(e.0.w1, 0, 0, 1, 1), slice(e.0.w1, 0, 1, 3, 1)), 0, 1)": "transpose(e.0.w1, 0, 1)",
-    "concat(0, cast(slice(e.0.w1, 0, 0, 1, 1), f64), cast(slice(e.0.w1, 0, 1, 3, 1), f64))": (
-        "cast(e.0.w1, f64)"
-    ),
+    "concat(0, cast(slice(e.0.w1, 0, 0, 1, 1), f64), cast(slice(e.0.w1, 0, 1, 3, 1), f64))": ("cast(e.0.w1, f64)"),
 }
 
 
