@@ -249,7 +249,7 @@ class _Layer:
 
 def _length(norms: Sequence[Whitening]) -> float:
     """The mean eigenvalue of the second moments."""
-    return float(torch.cat([norm.roots.square() for norm in norms]).mean())
+    return sum(norm.trace for norm in norms) / sum(len(norm.moment) for norm in norms)
 
 
 def _span(ranks: list[int]) -> str:

@@ -217,7 +217,7 @@ class _Layer:
         matrices: dict[Side, Matrix] = {}
         for side, decomposition in found.items():
             dense = dense_matrix(moved, side)
-            cut = parts(dense, decomposition.whitening, order, len(kept), side)
+            cut = parts(dense, decomposition.norm, order, len(kept), side)
             rest = decompose(cut.rest, cut.norm)
             rank = options.rule.of(rest)
             if options.ratio is not None:

@@ -11,6 +11,9 @@ import torch
 from moec.errors import UsageError
 from moec.passes.factoring.whitening import Whitening
 
+# Singular values below this share of the greatest one are rounding.
+_ROUNDING = 1e-7
+
 
 class Split(Enum):
     """Which factor takes the singular values: both their square root, or one of them all."""
@@ -34,20 +37,30 @@ class Factors:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """W S = U diag(singular) V^T, float64, of a weight W [out, in] in the norm of S; `whitening` is that of S."""
+    """The singular value decomposition W S = U diag(singular) V^T of a weight W [out, in] in a norm, float64.
+
+    `left` [out, k] times `right` [k, in] is W, and their first r columns and rows the best product of rank r: U and
+    U^T W, or W S V and V^T S^-1, whichever is smaller to compute. So `left` holds the singular values to the power
+    `exponent`, 0 or 1, and at full rank nothing was divided by a small number.
+    """
 
     left: torch.Tensor
     singular: torch.Tensor
     right: torch.Tensor
-    whitening: Whitening
+    exponent: int
+    norm: Whitening
 
     def factors(self, rank: int, split: Split = Split.SQRT) -> Factors:
-        """The best product of rank `rank` in the norm: U_r and V_r^T S^-1, the singular values as `split` says."""
+        """The best product of rank `rank` in the norm, with the singular values as `split` says."""
         kept = self.singular[:rank]
-        share = {Split.SQRT: 0.5, Split.LEFT: 1.0, Split.RIGHT: 0.0}[split]
-        left = self.left[:, :rank] * kept.pow(share)
-        right = kept.pow(1 - share)[:, None] * (self.right[:rank] @ self.whitening.inverse)
-        return Factors(left, right)
+        # what is no more than rounding may lie on either side
+        kept = torch.where(kept > _ROUNDING * self.singular[:1], kept, 1.0)
+        share = {Split.SQRT: 0.5, Split.LEFT: 1.0, Split.RIGHT: 0.0}[split] - self.exponent
+        return Factors(self.left[:, :rank] * kept.pow(share), self.right[:rank] * kept.pow(-share)[:, None])
+
+    def residual(self, rank: int) -> torch.Tensor:
+        """W less the best product of rank `rank`."""
+        return self.left[:, rank:] @ self.right[rank:]
 
     def error(self, rank: int) -> float:
         """||(W - W_r) S||_F^2, from the singular values that are cut off."""
@@ -61,8 +74,19 @@ def decompose(weight: torch.Tensor, norm: Whitening) -> Decomposition:
         UsageError: the weight is not finite.
     """
     require_finite(weight)
-    left, singular, right = torch.linalg.svd(weight.to(torch.float64) @ norm.root, full_matrices=False)
-    return Decomposition(left, singular, right, norm)
+    wide = weight.to(torch.float64)
+    if wide.shape[0] <= wide.shape[1]:
+        singular, vectors = principal(wide @ norm.moment @ wide.T)
+        return Decomposition(vectors, singular, vectors.T @ wide, 0, norm)
+    outputs = wide @ norm.root
+    singular, vectors = principal(outputs.T @ outputs)
+    return Decomposition(outputs @ vectors, singular, vectors.T @ norm.inverse, 1, norm)
+
+
+def principal(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(roots of the eigenvalues [n], eigenvectors in columns [n, n]) of a Gram matrix, by falling eigenvalue."""
+    eigenvalues, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    return eigenvalues.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
 
 
 def require_finite(weight: torch.Tensor) -> None:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from moec.passes.factoring.decomposition import Decomposition, decompose, require_finite
+from moec.passes.factoring.decomposition import decompose, principal, require_finite
 from moec.passes.factoring.whitening import Whitening, pooled
+
+# Weight of the common norm beside a matrix's own.
+_PRIOR = 1e-8
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,15 @@ class JointFactors:
 def share_right(weights: Sequence[torch.Tensor], norms: Sequence[Whitening], rank: int) -> JointFactors:
     """W_i ~ A_i B: one input projection B [r, in].
 
-    B spans the best row space of all w_i W_i S, one below the other, where S S^T is the sum of the second moments and
+    B spans the best row space of all w_i W_i S, one below the other, where S S^T is the sum M of the second moments and
     w_i^2 the share that the rows of i have in it. So second moments that differ in scale alone give the optimum, by
-    truncated singular value decomposition. Each A_i is then the least squares fit in the norm of its own rows.
+    truncated singular value decomposition. Each A_i is then the least squares fit in the norm of its own rows, and of
+    M's in the directions that these do not have.
     """
-    joint = _stacked(weights, norms)
-    right = joint.right[:rank] @ joint.whitening.inverse
-    left = [_fit_left(weight.to(torch.float64), right, norm) for weight, norm in zip(weights, norms, strict=True)]
+    common = pooled(norms)
+    _, vectors = principal(_input_gram(weights, norms, common))
+    right = vectors[:, :rank].T @ common.inverse
+    left = [_fit_left(w.to(torch.float64), right, norm, common) for w, norm in zip(weights, norms, strict=True)]
     return JointFactors(tuple(left), (right,) * len(left))
 
 
@@ -37,7 +42,8 @@ def share_left(weights: Sequence[torch.Tensor], norms: Sequence[Whitening], rank
 
     B are the first left singular vectors of all W_i S_i side by side and A_i = B^T W_i, optimal for any norms.
     """
-    left = torch.linalg.svd(_side_by_side(weights, norms), full_matrices=False).U[:, :rank]
+    _, vectors = principal(_output_gram(weights, norms))
+    left = vectors[:, :rank]
     return JointFactors((left,) * len(weights), tuple(left.T @ weight.to(torch.float64) for weight in weights))
 
 
@@ -48,32 +54,33 @@ def reduce_each(weights: Sequence[torch.Tensor], norms: Sequence[Whitening], ran
 
 def joint_spectrum(weights: Sequence[torch.Tensor], norms: Sequence[Whitening], *, right: bool) -> torch.Tensor:
     """The singular values, descending, that `share_right` (if `right`) or `share_left` cuts."""
-    if right:
-        return _stacked(weights, norms).singular
-    singular: torch.Tensor = torch.linalg.svdvals(_side_by_side(weights, norms))
-    return singular
+    gram = _input_gram(weights, norms, pooled(norms)) if right else _output_gram(weights, norms)
+    return principal(gram)[0]
 
 
-def _stacked(weights: Sequence[torch.Tensor], norms: Sequence[Whitening]) -> Decomposition:
-    pieces = [weight.to(torch.float64) * scale for weight, scale in zip(weights, _scales(norms), strict=True)]
-    return decompose(torch.cat(pieces), pooled(norms))
-
-
-def _side_by_side(weights: Sequence[torch.Tensor], norms: Sequence[Whitening]) -> torch.Tensor:
-    for weight in weights:
+def _input_gram(weights: Sequence[torch.Tensor], norms: Sequence[Whitening], common: Whitening) -> torch.Tensor:
+    """S (sum of w_i^2 W_i^T W_i) S."""
+    total = torch.zeros_like(common.moment)
+    for weight, norm in zip(weights, norms, strict=True):
         require_finite(weight)
-    return torch.cat([w.to(torch.float64) @ norm.root for w, norm in zip(weights, norms, strict=True)], dim=1)
+        wide = weight.to(torch.float64)
+        total += wide.T @ wide * (norm.trace * len(norms) / common.trace)
+    return common.root @ total @ common.root
 
 
-def _scales(norms: Sequence[Whitening]) -> list[float]:
-    """Roots of the traces of the second moments, divided by their mean."""
-    traces = torch.stack([norm.roots.square().sum() for norm in norms])
-    scales: list[float] = (traces / traces.mean()).sqrt().tolist()
-    return scales
+def _output_gram(weights: Sequence[torch.Tensor], norms: Sequence[Whitening]) -> torch.Tensor:
+    """Sum of W_i M_i W_i^T."""
+    total = torch.zeros(weights[0].shape[0], weights[0].shape[0], dtype=torch.float64)
+    for weight, norm in zip(weights, norms, strict=True):
+        require_finite(weight)
+        wide = weight.to(torch.float64)
+        total += wide @ norm.moment @ wide.T
+    return total
 
 
-def _fit_left(weight: torch.Tensor, right: torch.Tensor, norm: Whitening) -> torch.Tensor:
-    """The A [out, r] that minimises ||(W - A right) S||_F."""
-    whitened = right @ norm.root
-    fitted: torch.Tensor = torch.linalg.lstsq(whitened.T, (weight @ norm.root).T, driver="gelsd").solution.T
+def _fit_left(weight: torch.Tensor, right: torch.Tensor, norm: Whitening, common: Whitening) -> torch.Tensor:
+    """The A [out, r] that minimises ||(W - A right) S||_F; right M right^T is the identity."""
+    moment = norm.moment + common.moment * (_PRIOR * norm.trace / common.trace)
+    reached = right @ moment
+    fitted: torch.Tensor = torch.linalg.solve(reached @ right.T, reached @ weight.T).T
     return fitted

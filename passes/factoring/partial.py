@@ -10,7 +10,7 @@ import torch
 from moec.experts import Dense, FeedForward, LowRank, PartlyLowRank, Projection
 from moec.passes.factoring.decomposition import Decomposition, RankRule
 from moec.passes.factoring.sides import Side, projection, with_matrices
-from moec.passes.factoring.whitening import Whitening, whitening
+from moec.passes.factoring.whitening import Whitening, plain, whitening
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,12 @@ def neurons_to_keep(found: Mapping[Side, Decomposition], rule: RankRule, share: 
     """
     losses: list[torch.Tensor] = []
     for side, decomposition in found.items():
-        rank = rule.of(decomposition)
-        u, s, v = decomposition.left[:, rank:], decomposition.singular[rank:], decomposition.right[rank:]
-        energy = decomposition.singular.square().sum()
+        residual, norm = decomposition.residual(rule.of(decomposition)), decomposition.norm
         if side is Side.DOWN:
-            norm = decomposition.whitening
-            difference = (u * s) @ v @ norm.inverse
-            loss = difference.square().sum(0) * norm.moment.diagonal()
+            loss = residual.square().sum(0) * norm.moment.diagonal()
         else:
-            loss = (u * s).square().sum(1)
+            loss = norm.errors_by_output(residual)
+        energy = decomposition.singular.square().sum()
         losses.append(loss / energy if energy > 0 else loss)
     total = torch.stack(losses).sum(0)
     count = max(1, round(share * len(total)))
@@ -75,8 +72,8 @@ def parts(matrix: torch.Tensor, norm: Whitening, order: torch.Tensor, kept: int,
     if side is not Side.DOWN:
         return Parts(matrix[:kept], matrix[kept:], norm, 0)
     others = order[kept:]
-    inner = whitening(norm.moment[others][:, others])
-    assert inner is not None
+    # neurons that never fire have no norm of their own
+    inner = whitening(norm.moment[others][:, others]) or plain(len(others))
     return Parts(matrix[:, :kept], matrix[:, kept:], inner, 1)
 
 

@@ -1,6 +1,6 @@
-"""Square roots of second moments: the norm in which an error of a weight is an error of what the weight computes.
+"""Second moments as norms: in them an error of a weight is an error of what the weight computes.
 
-For rows x with H = sum of x x^T, ||x (W - W')^T|| over all rows is ||(W - W') S||_F with S S^T = H.
+For rows x with M = sum of x x^T, ||x (W - W')^T|| over all rows is ||(W - W') S||_F with S S^T = M.
 """
 
 from __future__ import annotations
@@ -17,58 +17,61 @@ from moec.errors import UsageError
 _ROUNDING = 1e-12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Whitening:
-    """S [n, n] with S S^T the damped second moment, by its eigenvectors [n, n] and the roots [n] of its eigenvalues.
+    """The norm of a second moment [n, n], float64, damped. Roots are computed when they are asked for."""
 
-    Float64. All roots are positive, so S has an inverse whatever rows there were.
-    """
-
-    vectors: torch.Tensor
-    roots: torch.Tensor
+    moment: torch.Tensor
 
     @cached_property
     def root(self) -> torch.Tensor:
-        """S, symmetric."""
-        return (self.vectors * self.roots) @ self.vectors.T
+        """S, symmetric. It has an inverse: directions without rows count as much as rounding."""
+        vectors, roots = self._eigen
+        return (vectors * roots) @ vectors.T
 
     @cached_property
     def inverse(self) -> torch.Tensor:
         """S^-1."""
-        return (self.vectors / self.roots) @ self.vectors.T
+        vectors, roots = self._eigen
+        return (vectors / roots) @ vectors.T
 
-    @cached_property
-    def moment(self) -> torch.Tensor:
-        """S S^T."""
-        return (self.vectors * self.roots.square()) @ self.vectors.T
+    @property
+    def trace(self) -> float:
+        """The sum of the squared lengths of the rows."""
+        return float(self.moment.diagonal().sum())
 
     def error(self, difference: torch.Tensor) -> float:
         """||difference S||_F^2 for a difference [out, n] of weights."""
-        return float((difference.to(torch.float64) @ self.root).square().sum())
+        return float(self.errors_by_output(difference).sum())
+
+    def errors_by_output(self, difference: torch.Tensor) -> torch.Tensor:
+        """The share [out] of each row of the difference in the error."""
+        wide = difference.to(torch.float64)
+        return ((wide @ self.moment) * wide).sum(1)
+
+    @cached_property
+    def _eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        eigenvalues, vectors = torch.linalg.eigh(self.moment)
+        return vectors, eigenvalues.clamp_min(float(eigenvalues[-1]) * _ROUNDING).sqrt()
 
 
 def plain(size: int, eigenvalue: float = 1.0) -> Whitening:
     """A multiple of the identity as the second moment: the error of a weight is its own Frobenius norm."""
-    return Whitening(torch.eye(size, dtype=torch.float64), torch.full((size,), eigenvalue**0.5, dtype=torch.float64))
+    return Whitening(torch.eye(size, dtype=torch.float64) * eigenvalue)
 
 
 def pooled(norms: Sequence[Whitening]) -> Whitening:
-    """The norm of the rows of all together: the sum of the second moments. One norm stays what it is."""
-    if all(norm is norms[0] for norm in norms):
-        return norms[0]
-    return _positive_root(sum((norm.moment for norm in norms), torch.zeros_like(norms[0].moment)))
+    """The norm of the rows of all together: the sum of the second moments."""
+    return Whitening(sum((norm.moment for norm in norms), torch.zeros_like(norms[0].moment)))
 
 
 def average(norms: Sequence[Whitening]) -> Whitening:
     """The norm of as many rows as one of them has on average."""
-    total = pooled(norms)
-    return Whitening(total.vectors, total.roots / len(norms) ** 0.5)
+    return Whitening(pooled(norms).moment / len(norms))
 
 
 def whitening(moment: torch.Tensor, damping: float = 0.0) -> Whitening | None:
-    """The root of a second moment [n, n] plus `damping` times its mean eigenvalue; None where no row was seen.
-
-    Directions without rows get the damping, or else a root at the level of rounding: they count little, not nothing.
+    """The norm of a second moment [n, n] plus `damping` times its mean eigenvalue; None where no row was seen.
 
     Raises:
         UsageError: the moment is not finite.
@@ -79,13 +82,9 @@ def whitening(moment: torch.Tensor, damping: float = 0.0) -> Whitening | None:
             "the second moment of an expert's input is not finite",
             hint="a weight or an activation of the model is NaN or infinite; `moec verify` finds where",
         )
+    mean = float(moment.diagonal().mean())
     # all of its elements are zero exactly when its diagonal is
-    if not bool((moment.diagonal() > 0).any()):
+    if mean <= 0:
         return None
-    return _positive_root(moment, damping)
-
-
-def _positive_root(moment: torch.Tensor, damping: float = 0.0) -> Whitening:
-    eigenvalues, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    damped = eigenvalues.clamp_min(0) + damping * eigenvalues.clamp_min(0).mean()
-    return Whitening(vectors, damped.clamp_min(float(eigenvalues[-1]) * _ROUNDING).sqrt())
+    symmetric = (moment + moment.T) / 2
+    return Whitening(symmetric + damping * mean * torch.eye(len(moment), dtype=torch.float64))
