@@ -21,6 +21,7 @@ from moec.codegen.huggingface.experts import (
     read_layout,
 )
 from moec.codegen.huggingface.fields import Values, candidates, top_k_change, with_field, with_shapes
+from moec.codegen.huggingface.fill import can_fill, fill_layers
 from moec.codegen.huggingface.layout import tied_names
 from moec.codegen.huggingface.matching import Match, match_modules
 from moec.codegen.huggingface.sizes import Sizes, aligned, common_needs, shape_changes, wanted_shapes, wider
@@ -76,7 +77,7 @@ class _Fit:
             for pair in self.pairs
         ]
         new = [(pair.name, needs_of(pair.ours, pair.layer, module.weights)) for pair in self.pairs]
-        sizes = Sizes(common_needs(old), common_needs(new))
+        sizes = Sizes(common_needs(old), common_needs(new, fillable=can_fill(module)))
         return sizes.with_width(aligned(sizes.new.width, sizes.old.width))
 
 
@@ -87,6 +88,9 @@ def plan_checkpoint(module: Module, *, uniform: bool, traced: Module | None = No
     `traced` as in `build_template`.
     Raises UnsupportedModelError, naming the layer and what to do, where transformers has no model of these operations.
     """
+    filled: tuple[Change, ...] = ()
+    if uniform:
+        module, filled = fill_layers(module)
     values = {key: value for key, value in module.config.items() if key != "quantization_config"}
     fit = _Fit.of(values, module, traced)
     sizes = fit.sizes(module)
@@ -100,7 +104,7 @@ def plan_checkpoint(module: Module, *, uniform: bool, traced: Module | None = No
             where=difference.place,
             hint="emit ONNX, which takes any IR",
         )
-    plan = CheckpointPlan(fit.template)
+    plan = CheckpointPlan(fit.template, changes=[*filled])
     for pair in fit.pairs:
         _plan_layer(plan, pair, module)
     if plan.changes and not uniform:

@@ -32,8 +32,8 @@ class Sizes:
         return Sizes(self.old, Needs(self.new.outputs, self.new.slots, width))
 
 
-def common_needs(needs: Sequence[tuple[str, Needs]]) -> Needs:
-    """What one config must offer to all layers.
+def common_needs(needs: Sequence[tuple[str, Needs]], *, fillable: bool = False) -> Needs:
+    """What one config must offer to all layers; `fillable` says whether --uniform gives them equal numbers of experts.
 
     Raises UnsupportedModelError where they differ in what has one field.
     """
@@ -43,9 +43,10 @@ def common_needs(needs: Sequence[tuple[str, Needs]]) -> Needs:
         counts = ", ".join(f"{need.outputs} in {name}" for name, need in needs)
         raise UnsupportedModelError(
             f"the layers have different numbers of experts ({counts}); a config of transformers has one number for all",
-            hint=f"keep {max(outputs)} experts in every layer, or {min(outputs)}: give the pass that drops them a "
-            "count for each layer instead of one for the model; a router without selection bias has no output that "
-            "is never chosen, so --uniform cannot fill the smaller layers up",
+            hint="--uniform fills the smaller layers up with experts that are never chosen"
+            if fillable
+            else f"keep {max(outputs)} experts in every layer, or {min(outputs)} (prune-experts with scope=layer); "
+            "this router has no bias by which --uniform could add experts that are never chosen",
         )
     if len(slots) > 1:
         counts = ", ".join(f"{need.slots} in {name}" for name, need in needs)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -218,6 +220,31 @@ def test_layers_with_unequal_numbers_of_experts_are_refused(sources: Sources, tm
         assert "keep 6 experts in every layer, or 5" in refused.value.hint
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_layers_with_fewer_experts_are_filled_up_where_a_bias_can_switch_experts_off(
+    model_type: str, sources: Sources, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if model_type == "gpt_oss":  # a bias of the logits
+        source = sources[model_type]
+    else:  # a bias of the choice alone
+        folder = save_tiny_checkpoint(model_type, tmp_path / "source", n_group=1, topk_group=1)
+        source = load_source(folder, tmp_path / "store")
+    module = source.edited()
+    for layer, count in zip(layers(module), (6, 3), strict=True):
+        slice_experts(layer, range(count))
+    with pytest.raises(UnsupportedModelError, match="different numbers of experts") as refused:
+        write(source, module, out)
+    assert "--uniform fills the smaller layers up" in refused.value.hint
+    report = write(source, module, out, uniform=True)
+    assert [new for _, new in report.config_changes.values()] == [6]
+    assert [change.text for change in report.changes] == [
+        "3 router outputs that are never chosen, so that it has 6",
+        "3 experts that compute nothing, written as zeros",
+    ]
+    assert difference(out, module) < BOUND
+
+
 def test_other_arithmetic_is_refused_by_its_place(sources: Sources, tmp_path: Path) -> None:
     source = sources["llama"]
     module = source.edited()
@@ -276,6 +303,27 @@ def test_element_types(tmp_path: Path) -> None:
     assert difference(tmp_path / "half", module) > BOUND
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     assert loaded.dtype == torch.bfloat16
+
+
+def test_a_quantised_source_is_written_without_its_quantisation(sources: Sources, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(sources["mixtral"].folder, folder)
+    tensors = tensors_of(folder)
+    name = "model.layers.0.block_sparse_moe.experts.2.w2.weight"
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(tensors[name].shape, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 2, generator=generator)
+    tensors[name], tensors[f"{name}_scale_inv"] = packed, scale
+    save_file(tensors, folder / "model.safetensors")
+    quantised = {"quant_method": "fp8", "weight_block_size": [32, 48], "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps({**config_of(folder), "quantization_config": quantised}))
+    source = load_source(folder, tmp_path / "store")
+    write(source, source.edited(), tmp_path / "out")
+    written = tensors_of(tmp_path / "out")
+    meant = packed.float() * scale.repeat_interleave(32, 0).repeat_interleave(48, 1)
+    assert torch.equal(written[name], meant) and f"{name}_scale_inv" not in written
+    assert "quantization_config" not in config_of(tmp_path / "out")
+    assert difference(tmp_path / "out", source.raised) < BOUND
 
 
 def test_a_tied_head_is_stored_once_and_unused_tensors_are_kept(sources: Sources, tmp_path: Path) -> None:
