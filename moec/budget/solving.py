@@ -24,8 +24,14 @@ class Solver(Enum):
 def solve(problem: Problem, solver: Solver, *, time_limit: float, gap: float) -> Solution:
     """The best plan of the methods that `solver` names, with the highest bound that they proved.
 
-    The problem must be feasible. Raises ResourceError where none of them found a plan.
+    The first option of every item is the one that keeps it; where all can be kept, they are. The problem must be
+    feasible. Raises ResourceError where none of the methods found a plan.
     """
+    everything = (0,) * len(problem.items)
+    if not problem.violation(everything):
+        return Solution(
+            everything, problem.distortion_of(everything), problem.distortion_of(everything), "nothing to do"
+        )
     found: list[Solution] = []
     if solver in (Solver.AUTO, Solver.LAGRANGIAN):
         found += _some(solve_lagrangian(problem))
