@@ -1,10 +1,12 @@
-"""What is compared: recipes of one family each, as pipeline texts for a share of the experts' bytes to keep."""
+"""What is compared: pipelines for a share of the experts' bytes to keep, to run behind `calibrate{gradients}`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 from string import Template
+
+from moec.pipeline.recipes import BEST, find_recipe
 
 KEPT_SHARES = (0.75, 0.50, 0.25)
 
@@ -17,7 +19,7 @@ class Family(Enum):
     MERGE = "merge experts"
     NARROW = "drop neurons"
     FACTOR = "factor matrices"
-    JOINT = "budget"
+    JOINT = "several"
 
     @property
     def is_single(self) -> bool:
@@ -36,41 +38,55 @@ class Recipe:
 
     def pipeline(self, keep: float) -> str:
         """The pipeline text for a share."""
-        text = Template(self.template).substitute(keep=f"{keep:g}", drop=f"{1 - keep:g}")
+        text = Template(self.template).substitute(keep=f"{keep:g}", drop=f"{1 - keep:g}", budget=f"{100 * keep:g}%")
         return f"{text},refit-down" if self.refit else text
 
 
-KEEP_ALL = Recipe("keep all", Family.BASELINE, "canonicalize")
+def _published(name: str, family: Family) -> Recipe:
+    """A recipe of `moec compile --recipe`, without the calibration in front of it."""
+    calibrate, _, rest = find_recipe(name).pipeline.partition(",")
+    assert calibrate.startswith("calibrate")
+    return Recipe(name, family, Template(" ".join(rest.split())).safe_substitute(dtype="float32"))
 
-_BARE = (
-    Recipe("random experts", Family.BASELINE, "prune-experts{criterion=random ratio=$drop}"),
-    Recipe("random neurons", Family.BASELINE, "prune-micro-experts{criterion=random ratio=$drop}"),
+
+KEEP_ALL = Recipe("keep all", Family.BASELINE, "canonicalize")
+BUDGET = Recipe("--budget", Family.JOINT, _published(BEST, Family.JOINT).template)
+
+_SINGLE = (
     Recipe("frequency", Family.DROP, "prune-experts{criterion=frequency ratio=$drop}"),
-    Recipe("reap", Family.DROP, "prune-experts{criterion=reap-sum ratio=$drop}"),
-    Recipe("naee", Family.DROP, "prune-experts{criterion=naee-greedy ratio=$drop}"),
-    Recipe("m-smoe", Family.MERGE, "merge-experts{keep=$keep}"),
-    Recipe("hc-smoe", Family.MERGE, "merge-experts{keep=$keep grouping=mean-output align=none}"),
+    _published("reap", Family.DROP),
+    _published("naee", Family.DROP),
+    _published("dern", Family.MERGE),
+    _published("m-smoe", Family.MERGE),
+    _published("hc-smoe", Family.MERGE),
+    _published("uncurl", Family.MERGE),
     Recipe("facility", Family.MERGE, "merge-experts{keep=$keep grouping=facility keep-dominant}"),
-    Recipe(
-        "facility, all layers", Family.MERGE, "merge-experts{keep=$keep grouping=facility keep-dominant select=global}"
-    ),
-    Recipe("camera", Family.NARROW, "prune-micro-experts{ratio=$drop}"),
+    Recipe("facility, averaged", Family.MERGE, "merge-experts{keep=$keep grouping=facility align=activation}"),
+    _published("camera-p", Family.NARROW),
+    _published("heapr", Family.NARROW),
     Recipe(
         "energy x sensitivity",
         Family.NARROW,
         "prune-micro-experts{criterion=energy-x-sensitivity scope=global ratio=$drop}",
     ),
-    Recipe("heapr", Family.NARROW, "prune-micro-experts{criterion=heapr-sum scope=global ratio=$drop}"),
     Recipe("low rank", Family.FACTOR, "low-rank{ratio=$keep}"),
-    Recipe("low rank, base", Family.FACTOR, "low-rank{ratio=$keep base=frequency}"),
+    _published("d2-moe", Family.FACTOR),
+    _published("mole", Family.FACTOR),
+)
+
+_BASELINES = (
+    KEEP_ALL,
+    Recipe("random experts", Family.BASELINE, "prune-experts{criterion=random ratio=$drop}"),
+    Recipe("random neurons", Family.BASELINE, "prune-micro-experts{criterion=random ratio=$drop}"),
 )
 
 
 def single_families() -> tuple[Recipe, ...]:
-    """All recipes without a budget, those of families also with `refit-down` behind them."""
-    refitted = (
-        Recipe(f"{recipe.name} + refit", recipe.family, recipe.template, refit=True)
-        for recipe in _BARE
-        if recipe.family.is_single
-    )
-    return (*_BARE, *refitted)
+    """The recipes of one family, as they are and with `refit-down` behind them."""
+    refitted = (Recipe(f"{recipe.name} + refit", recipe.family, recipe.template, refit=True) for recipe in _SINGLE)
+    return (*_SINGLE, *refitted)
+
+
+def all_recipes() -> tuple[Recipe, ...]:
+    """Everything that the table shows."""
+    return (*_BASELINES, *single_families(), _published("mc-smoe", Family.JOINT), BUDGET)
