@@ -23,6 +23,9 @@ _MARGIN, _ONE_NODE_MARGIN = 0.9, 1.1
 # Activations expert by expert find their rows in the cache, at the price of two more nodes per expert, used or not.
 _EACH_EXPERT, _EACH_SHARE = 0.8e-6, 0.03
 
+# Seconds that merging a token's slots with the same expert takes, for few tokens; what it saves is rows of products.
+MERGED_SLOTS = 12e-6
+
 _LEAN_LAYER, _LEAN_EXPERT, _LEAN_ROW = 15e-6, 0.82e-6, 0.6e-6
 _FUSED_LAYER, _FUSED_EXPERT, _FUSED_ROW = 12e-6, 0.5e-6, 1.5e-6
 _READ = 28e9
@@ -64,7 +67,7 @@ def predict(shape: ExpertsShape, tokens: int) -> dict[Lowering, float]:
     used = shape.experts * (1 - (1 - share) ** tokens)
     one_row = min(used, shape.experts * tokens * share * (1 - share) ** (tokens - 1))
     nbytes = 4 * shape.matrix_elements
-    multiply = 2 * rows * shape.matrix_elements / _MULTIPLY
+    multiply = multiplication_seconds(rows, shape.matrix_elements)
     lean = _LEAN_LAYER + shape.experts * _LEAN_EXPERT + rows * _LEAN_ROW + used * nbytes / _READ + multiply
     fused = _FUSED_LAYER + used * _FUSED_EXPERT + rows * _FUSED_ROW + multiply
     fused += one_row * nbytes / _FUSED_READ_ONE_ROW + (used - one_row) * nbytes / _FUSED_READ_MANY_ROWS
@@ -74,6 +77,11 @@ def predict(shape: ExpertsShape, tokens: int) -> dict[Lowering, float]:
 def computes_each(experts: int, choice: Choice) -> bool:
     """Whether a layer is so large that its activations may cost two nodes for each of its `experts`."""
     return experts * _EACH_EXPERT <= _EACH_SHARE * min(choice.seconds.values())
+
+
+def multiplication_seconds(rows: float, matrix_elements: float) -> float:
+    """Predicted seconds of the products of `rows` rows with experts of so many weights."""
+    return 2 * rows * matrix_elements / _MULTIPLY
 
 
 def choose(shape: ExpertsShape, tokens: int, target: Target, refusal: str | None) -> Choice:

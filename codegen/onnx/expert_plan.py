@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from moec.codegen.onnx.common_experts import find_common
-from moec.codegen.onnx.context import Context, tensor_of
-from moec.codegen.onnx.cost_model import Choice, ExpertsShape, Lowering, choose, predict
+from moec.codegen.onnx.context import Context
+from moec.codegen.onnx.cost_model import Choice, Lowering, choose, predict
 from moec.codegen.onnx.expert_form import FusedForm, NotFused, fused_form
-from moec.codegen.onnx.expert_rows import static_size
+from moec.codegen.onnx.expert_rows import experts_shape
 from moec.codegen.onnx.experts_fused import check_gates, fallback_form, operator_attributes, slots_used
 from moec.codegen.onnx.lower_moe import emit_with_shared
 from moec.codegen.onnx.parity import NodeSignature, check_parity
@@ -48,17 +47,6 @@ def plan_layers(context: Context, function: FuncOp) -> None:
             context.plans[plan.shared.total] = plan
             context.taken_over[plan.shared.total] = emit_with_shared
             context.skipped.update(plan.shared.inside)
-
-
-def experts_shape(op: ExpertsOp) -> ExpertsShape:
-    """The sizes that the cost model reads."""
-    elements = 0
-    for group, weights, _ in op.class_operands():
-        for position, value in enumerate(weights):
-            repeats = 1 if position < group.stacks else len(group.experts)
-            elements += repeats * math.prod(tensor_of(value).static_shape)
-    slots = static_size(op, tensor_of(op.ids).shape[1])
-    return ExpertsShape(max(1, op.expert_count), slots, elements / max(1, op.expert_count))
 
 
 def _plan(context: Context, op: ExpertsOp) -> ExpertsPlan:

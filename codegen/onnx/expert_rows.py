@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from moec.codegen.onnx.context import refuse, tensor_of
+from moec.codegen.onnx.cost_model import ExpertsShape
 from moec.codegen.onnx.graph import GraphBuilder
+from moec.codegen.onnx.merged_slots import merge_slots
 from moec.dialects.moe import ExpertsOp, RouteOp, Select
 from moec.ir.operation import Value
 
@@ -20,27 +23,35 @@ class SortedSlots:
 
     `positions` int64 [N]: the expert of each sorted slot, experts counted class by class; `counts` int64 [P]: slots of
     each expert, and last of those that go nowhere if `has_empty`; `inverse` int64 [N]: where a slot went; `tokens`
-    int64 [N]: the token of a sorted slot; `sizes`: experts of each class, and last 1 if `has_empty`; `totals` int64
-    [classes]: slots of each class, and last of those that go nowhere.
+    int64 [N]: the token of a sorted slot; `gates` [T, K]: what each slot counts; `sizes`: experts of each class, and
+    last 1 if `has_empty`; `totals` int64 [classes]: slots of each class, and last of those that go nowhere.
     """
 
     positions: ir.Value
     counts: ir.Value
     inverse: ir.Value
     tokens: ir.Value
+    gates: ir.Value
     has_empty: bool
     sizes: tuple[int, ...]
     totals: ir.Value
 
 
-def sort_slots(b: GraphBuilder, op: ExpertsOp, ids: ir.Value, gates: ir.Value) -> SortedSlots:
-    """Sorts the slots of all tokens by expert; stable, because TopK puts the lower index first among equals."""
+def sort_slots(b: GraphBuilder, op: ExpertsOp, ids: ir.Value, gates: ir.Value, *, merged: bool) -> SortedSlots:
+    """Sorts the slots of all tokens by expert; stable, because TopK puts the lower index first among equals.
+
+    `merged`: slots of a token that lead to the same expert become one.
+    """
     table = expert_positions(op)
     experts = op.expert_count
-    has_empty = may_leave_slots_empty(op.ids) or experts in table
-    keys = b.reshape(ids, (-1,))
+    slots_per_token = static_size(op, tensor_of(op.ids).shape[1])
+    has_empty = merged or may_leave_slots_empty(op.ids) or experts in table
+    keys = ids if merged else b.reshape(ids, (-1,))
     if not np.array_equal(table, np.arange(len(table))):
         keys = b.op("Gather", b.constant(table), keys, axis=0)
+    if merged:
+        keys, gates = merge_slots(b, keys, gates, slots_per_token, experts)
+        keys = b.reshape(keys, (-1,))
     if may_leave_slots_empty(op.ids):
         unused = b.op("Equal", b.reshape(gates, (-1,)), b.number(0.0))
         keys = b.op("Where", unused, b.integer(experts), keys)
@@ -55,9 +66,8 @@ def sort_slots(b: GraphBuilder, op: ExpertsOp, ids: ir.Value, gates: ir.Value) -
     if any(size != 1 for size in sizes):
         class_of = np.repeat(np.arange(len(sizes)), sizes)
         totals = _counted(b, b.op("Gather", b.constant(class_of), keys, axis=0), ones, len(sizes))
-    slots_per_token = static_size(op, tensor_of(op.ids).shape[1])
     tokens = order if slots_per_token == 1 else b.op("Div", order, b.integer(slots_per_token))
-    return SortedSlots(positions, counts, inverse, tokens, has_empty, sizes, totals)
+    return SortedSlots(positions, counts, inverse, tokens, gates, has_empty, sizes, totals)
 
 
 def _counted(b: GraphBuilder, keys: ir.Value, ones: ir.Value, size: int) -> ir.Value:
@@ -146,6 +156,17 @@ def may_leave_slots_empty(ids: Value) -> bool:
     return (
         not fixed or bool(routing.skip_ratio) or bool(routing.null_experts) or routing.slots(route.experts) != routing.k
     )
+
+
+def experts_shape(op: ExpertsOp) -> ExpertsShape:
+    """The sizes that the cost model reads."""
+    elements = 0
+    for group, weights, _ in op.class_operands():
+        for position, value in enumerate(weights):
+            repeats = 1 if position < group.stacks else len(group.experts)
+            elements += repeats * math.prod(tensor_of(value).static_shape)
+    slots = static_size(op, tensor_of(op.ids).shape[1])
+    return ExpertsShape(max(1, op.expert_count), slots, elements / max(1, op.expert_count))
 
 
 def static_size(op: ExpertsOp, size: object) -> int:

@@ -14,7 +14,8 @@ from moec.codegen.onnx.context import Context, refuse, tensor_of
 from moec.codegen.onnx.cost_model import ONE_NODE_EXPERTS, computes_each
 from moec.codegen.onnx.expert_body import BodyWalk
 from moec.codegen.onnx.expert_products import Stacks, shared_stack
-from moec.codegen.onnx.expert_rows import ClassRows, SortedSlots, sort_slots, static_size
+from moec.codegen.onnx.expert_rows import ClassRows, SortedSlots, experts_shape, sort_slots, static_size
+from moec.codegen.onnx.merged_slots import merging_pays
 from moec.dialects.moe import ExpertClass, ExpertsOp
 from moec.ir.operation import Value
 
@@ -30,14 +31,15 @@ def emit_lean(context: Context, op: ExpertsOp) -> ir.Value:
         return b.op("Expand", b.number(0.0), b.op("Shape", x))
     slots_per_token = static_size(op, tensor_of(op.ids).shape[1])
     hidden = static_size(op, tensor_of(op.x).shape[1])
-    slots = sort_slots(b, op, ids, gates)
+    merged = merging_pays(op, experts_shape(op), context.options.tokens)
+    slots = sort_slots(b, op, ids, gates, merged=merged)
     outputs = [piece for number in range(len(op.classes)) for piece in _class_output(context, op, x, slots, number)]
     if slots.has_empty:
         nowhere = b.op("Slice", slots.counts, b.ints(op.expert_count), b.ints(op.expert_count + 1))
         outputs.append(b.op("Expand", b.number(0.0), b.op("Concat", nowhere, b.ints(hidden), axis=0)))
     y = outputs[0] if len(outputs) == 1 else b.op("Concat", *outputs, axis=0)
     by_slot = b.reshape(b.op("Gather", y, slots.inverse, axis=0), (-1, slots_per_token, hidden))
-    weighted = b.op("MatMul", b.op("Unsqueeze", gates, b.ints(1)), by_slot)
+    weighted = b.op("MatMul", b.op("Unsqueeze", slots.gates, b.ints(1)), by_slot)
     return b.op("Squeeze", weighted, b.ints(1))
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 
+from moec.codegen.onnx import merged_slots
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.emit import MODEL_FILE
+from moec.codegen.onnx.expert_rows import experts_shape
 from moec.codegen.onnx.targets import Target
 from moec.dialects.moe import Routing, Score, Select
 from moec.ir import DType
@@ -153,6 +156,42 @@ def test_fused_operator_or_the_reason_why_not(name: str, tmp_path: Path) -> None
     assert (choice.lowering is Lowering.FUSED) == (name in FUSED)
     assert name in FUSED or REASONS[name] in choice.reason
     assert_close(found["y"], reference(module, feeds)["y"])
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", ["aliases", "null experts", "everything", "more aliases"])
+def test_slots_with_the_same_expert_become_one(
+    name: str, routing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merged_slots, "MERGED_SLOTS", 0.0)
+    layers = {**LAYERS, "more aliases": ([(dense(HIDDEN, 8), (0, 1))], (0, 0, 0, 1, 1, -1, 0))}
+    kinds, stored = layers[name]
+    made = mixed_layer(kinds, stored, hidden=HIDDEN, routing=ROUTINGS[routing])
+    module = module_of(made.op, made.weights)
+    emit_and_run(module, {"x": tokens(1)}, tmp_path)
+    session = load(tmp_path)
+    for count in (1, 19):
+        feeds = {"x": tokens(count, seed=count)}
+        assert_close(run(session, feeds)["y"], reference(module, feeds)["y"])
+    assert ("Equal" in operators(tmp_path)) == (name != "null experts" or routing == "top-p")
+
+
+def test_merging_is_left_out_where_it_costs_more_than_it_saves() -> None:
+    aliases = mixed_layer([(dense(512, 512), tuple(range(16)))], tuple(range(16)) * 2, hidden=512, routing=Routing(k=8))
+    distinct = mixed_layer([(dense(512, 512), tuple(range(16)))], tuple(range(16)), hidden=512, routing=Routing(k=8))
+    shape = experts_shape(aliases.experts)
+    assert merged_slots.merging_pays(aliases.experts, shape, tokens=512)
+    assert not merged_slots.merging_pays(aliases.experts, shape, tokens=1)
+    assert not merged_slots.merging_pays(distinct.experts, shape, tokens=10**6)
+
+
+@pytest.mark.parametrize("stored", [(0, 1, 2), (0, 0, 1), (0, 0, 1, 1, 2, -1), (0, 0, 0, 0), (-1, -1)])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_repeated_share_is_the_mean_over_all_choices(stored: tuple[int, ...], slots: int) -> None:
+    choices = [[stored[output] for output in chosen] for chosen in combinations(range(len(stored)), slots)]
+    repeats = sum(sum(expert >= 0 for expert in found) - len(set(found) - {-1}) for found in choices)
+    expected = repeats / len(choices) / slots
+    assert merged_slots.repeated_share(stored, slots) == pytest.approx(expected, abs=1e-12)
 
 
 def operators(folder: Path) -> Counter[str]:
