@@ -55,8 +55,9 @@ class MergeExperts(Pass):
 
     1. `grouping`: by cosines of router logits (M-SMoE), mean outputs over all tokens (HC-SMoE), weights, spectral
        clusters of router logits (UNCURL), choice for the same tokens, or `facility`: the experts stay that answer for
-       the others at the least squared error of gated outputs, solved exactly. `facility` with `keep-dominant` and
-       `refit-down` after it gave the best result of all in our measurements.
+       the others at the least squared error of gated outputs, solved exactly. With `refit-down` after it `facility`
+       was the best way to fewer experts in our measurements: with `keep-dominant` where few go, otherwise with
+       `align=activation weights=saliency select=global`.
     2. `select=global` lets layers keep different numbers: by share of tokens (M-SMoE), or, for `facility`, by error
        times the energy of the layer's gradient where `calibrate{gradients}` knows it.
     3. Neurons are aligned to the most important member of the group before they are averaged. Experts from one
@@ -82,7 +83,7 @@ class MergeExperts(Pass):
     weights: Weighting = option("what experts count in a mean, and which is the centre", Weighting.FREQUENCY)
     keep_dominant: bool = option("the centre stays as it is instead of being averaged with its group", False)
     router: RouterChange = option("what becomes of the router outputs of a group", RouterChange.ALIAS)
-    time_limit: float = option("seconds for the choice of experts by facility location", 60.0)
+    time_limit: float = option("seconds for each choice of experts by facility location: of a layer, or of all", 60.0)
 
     def __post_init__(self) -> None:
         problem = keep_problem(self.keep)
@@ -143,7 +144,8 @@ class MergeExperts(Pass):
     def _means(self, grouped: GroupedLayer, context: PassContext) -> dict[int, FeedForward]:
         """The new expert of each centre that gets company."""
         layer, weights = grouped.layer, context.require_weights()
-        x = context.require_calibration().sample(layer).x[:ALIGNMENT_ROWS].float()
+        by_activation = self.align is Alignment.ACTIVATION
+        x = context.require_calibration().sample(layer).x[:ALIGNMENT_ROWS].float() if by_activation else None
         result = {}
         for centre, members in grouped.groups.items():
             if len(members) == 1:
@@ -161,7 +163,7 @@ class MergeExperts(Pass):
                 first = tables[centre]
                 if self.align is Alignment.NONE or member == centre or table.kind != first.kind:
                     continue
-                if self.align is Alignment.WEIGHT:
+                if x is None:
                     profit = weight_profit(first, table)
                 else:
                     profit = activation_profit(_hidden(experts[centre], x), _hidden(expert, x))

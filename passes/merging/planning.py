@@ -84,6 +84,8 @@ def plan_groups(
     Raises UsageError for a number of experts that a layer cannot keep, UnmergeableExpertError where groups are by
     weights and an expert has none that can be compared.
     """
+    if not layers:
+        return GroupingPlan(())
     statistics = [calibration.statistics(layer) for layer in layers]
     importance = [tuple(request.weighting.importance(found)) for found in statistics]
     minimum = [layer.top_k if request.keeps_rows else 1 for layer in layers]
@@ -201,9 +203,8 @@ def _facility(
         plans = [solve_facility(tables, sum(counts), request.time_limit)]
     else:
         plans = [
-            solve_facility([table], count, request.time_limit / len(layers))
-            for table, count in zip(tables, counts, strict=True)
+            solve_facility([table], count, request.time_limit) for table, count in zip(tables, counts, strict=True)
         ]
     groupings = [grouping for plan in plans for grouping in plan.groupings]
     grouped = tuple(GroupedLayer(*item) for item in zip(layers, groupings, importance, strict=True))
-    return GroupingPlan(grouped, max((plan.gap for plan in plans), default=0.0))
+    return GroupingPlan(grouped, max(plan.gap for plan in plans))

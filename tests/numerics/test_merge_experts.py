@@ -344,6 +344,13 @@ def test_the_report_names_the_groups_and_how_far_from_best_they_are(mixtral: Mod
     assert report.records[0].statistics == {"before": 16, "merged": 14, "averaged": 2, "left": 0}
 
 
+def test_a_model_without_experts(tmp_path: Path) -> None:
+    module = raised_model("llama", tmp_path)
+    calibrate(module)
+    for options in ("keep=2", "keep=2 grouping=facility select=global"):
+        assert structural_difference(module.op, merged(module, options).op) is None
+
+
 @pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3"])
 def test_other_architectures(model_type: str, tmp_path: Path) -> None:
     module = raised_model(model_type, tmp_path)
