@@ -159,10 +159,14 @@ def tensors_of(expert: Expert) -> dict[Part, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Change:
-    """Something that transformers can hold only in a larger form, with the same function."""
+    """Something that transformers can hold only in a larger form, with the same function.
+
+    `instead` says what would have been as large as it is; empty where nothing is known.
+    """
 
     place: str
     text: str
+    instead: str = ""
 
 
 def find_changes(pair: LayerPair, layout: Layout, weights: WeightContext) -> Iterator[Change]:
@@ -178,10 +182,12 @@ def find_changes(pair: LayerPair, layout: Layout, weights: WeightContext) -> Ite
     named = [expert for expert in pair.ours.stored if expert >= 0]
     aliases = len(named) - len(set(named))
     if aliases:
-        yield Change(pair.name, f"{aliases} experts are other names of stored ones, written as copies")
+        text = f"{aliases} experts are other names of stored ones, written as copies"
+        yield Change(pair.name, text, "merge-experts with router=keep-row")
     nulls = len(pair.ours.stored) - len(named) - sum(expert < 0 for expert in pair.template.stored)
     if nulls:
-        yield Change(pair.name, f"{nulls} experts that compute nothing, written as zeros")
+        text = f"{nulls} experts that compute nothing, written as zeros"
+        yield Change(pair.name, text, "prune-experts with on-drop=reselect and scope=layer")
     narrow: dict[int, int] = {}
     for group in pair.ours.classes:
         expert = _load(layer, weights, group.experts[0])
@@ -200,7 +206,7 @@ def find_changes(pair: LayerPair, layout: Layout, weights: WeightContext) -> Ite
         text = f"{sum(narrow.values())} experts of {widths}, padded with zero neurons to {layout.width}"
         if layout.width - max(narrow) < WIDTH_STEP:
             text += f" (transformers' grouped product takes multiples of {WIDTH_STEP})"
-        yield Change(pair.name, text)
+        yield Change(pair.name, text, f"prune-micro-experts with scope=expert round-to={WIDTH_STEP}")
 
 
 def _check_writable(expert: Expert, layout: Layout, where: str) -> None:

@@ -112,10 +112,17 @@ def plan_checkpoint(module: Module, *, uniform: bool, traced: Module | None = No
         more = f"; and {len(plan.changes) - 3} more" if len(plan.changes) > 3 else ""
         raise UnsupportedModelError(
             f"transformers stores all experts alike; the same function would need {some}{more}",
-            hint="--uniform writes it so; the function stays the same, the folder becomes larger",
+            hint="--uniform writes it so; the function stays the same, the folder becomes larger"
+            + _instead(plan.changes),
         )
     _plan_weights(plan, fit.match, module)
     return plan
+
+
+def _instead(changes: list[Change]) -> str:
+    """What passes would have left in a form that transformers has."""
+    found = dict.fromkeys(change.instead for change in changes if change.instead)
+    return f"; uniform from the start is {' and '.join(found)}" if found else ""
 
 
 def _resized(values: Values, fit: _Fit, sizes: Sizes, module: Module, uniform: bool) -> _Fit:

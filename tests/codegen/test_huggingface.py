@@ -172,8 +172,9 @@ def test_shared_and_empty_experts(stored: list[int], words: str, sources: Source
     source = sources["mixtral"]
     module = source.edited()
     alias_experts(layers(module)[1], stored)
-    with pytest.raises(UnsupportedModelError, match=words):
+    with pytest.raises(UnsupportedModelError, match=words) as refused:
         write(source, module, tmp_path / "out")
+    assert "uniform from the start is" in refused.value.hint
     report = write(source, module, tmp_path / "out", uniform=True)
     assert [change.place for change in report.changes] == [layers(module)[1].name]
     assert report.nbytes == report.source_nbytes
