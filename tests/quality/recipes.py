@@ -62,6 +62,11 @@ _SINGLE = (
     _published("uncurl", Family.MERGE),
     Recipe("facility", Family.MERGE, "merge-experts{keep=$keep grouping=facility keep-dominant}"),
     Recipe("facility, averaged", Family.MERGE, "merge-experts{keep=$keep grouping=facility align=activation}"),
+    Recipe(
+        "facility, averaged, global",
+        Family.MERGE,
+        "merge-experts{keep=$keep grouping=facility align=activation weights=saliency select=global}",
+    ),
     _published("camera-p", Family.NARROW),
     _published("heapr", Family.NARROW),
     Recipe(
