@@ -25,6 +25,7 @@ from moec.experts.parts import (
     erase_unused,
     logits_behind,
     new_weight,
+    route_with,
     settle_names,
     static_shape_of,
     store_tensor,
@@ -140,18 +141,7 @@ def replace_routing(layer: MoeLayer, routing: Routing) -> MoeLayer:
     if problem is not None:
         raise EditError(f"this router cannot choose so: {problem}", where=layer.name)
     old = layer.route
-    route = RouteOp(
-        old.logits,
-        old.logit_bias,
-        old.mask,
-        old.score_override,
-        old.override_on,
-        old.select_bias,
-        old.forced_ids,
-        old.per_expert_scale,
-        routing=routing,
-        location=old.location,
-    )
+    route = route_with(old, routing)
     route.insert_before(old)
     before = layer.experts
     experts = ExpertsOp(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from moec.dialects.builtin import WeightOp
+from moec.dialects.moe import RouteOp, Routing
 from moec.errors import UsageError
 from moec.experts.layer import MoeLayer
 from moec.ir import Block, DType, Operation, Region, TensorType, Value
@@ -115,6 +116,22 @@ def logits_behind(layer: MoeLayer, logits: Value, outputs: int) -> Value:
         copy.insert_before(layer.route)
         logits = copy.results[0]
     return logits
+
+
+def route_with(old: RouteOp, routing: Routing) -> RouteOp:
+    """A detached route of the same operands with other stages."""
+    return RouteOp(
+        old.logits,
+        old.logit_bias,
+        old.mask,
+        old.score_override,
+        old.override_on,
+        old.select_bias,
+        old.forced_ids,
+        old.per_expert_scale,
+        routing=routing,
+        location=old.location,
+    )
 
 
 def erase_unused(op: Operation) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from moec.dialects.moe import ExpertsOp, Normalize, RouteOp, Routing, Select, WeightFrom
 from moec.experts import Expert, MoeLayer, alias_experts, replace_experts
+from moec.experts.parts import route_with
 from moec.ir import Location, TensorType, Value
 from moec.passes.auxiliary_experts.fitting import Base
 from moec.passes.building import Builder
@@ -70,19 +71,7 @@ def _route_with(layer: MoeLayer, routing: Routing | None, build: Builder) -> Rou
     """A route on the layer's logits; None for no routing."""
     if routing is None:
         return None
-    old = layer.route
-    found = RouteOp(
-        old.logits,
-        old.logit_bias,
-        old.mask,
-        old.score_override,
-        old.override_on,
-        old.select_bias,
-        old.forced_ids,
-        old.per_expert_scale,
-        routing=routing,
-        location=old.location,
-    )
+    found = route_with(layer.route, routing)
     build.insert(found)
     return found
 
