@@ -23,7 +23,7 @@ _SMALL_BELOW = 0.05
 """Share of an expert's bytes below which only a constant or nothing stays."""
 _SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 _SPREAD = 0.3
-"""How far an expert's share of bytes may lie from that of the plan."""
+"""How far an expert's share of bytes may lie from that of the plan; less near 0 and 1, so that the mean is kept."""
 
 _REDIRECTED = 0.2
 """Largest share of the experts, among those that could, for which another one answers."""
@@ -96,8 +96,9 @@ def _plan(names: list[str], tables: list[LayerTable], target: float, generator: 
 def _layer(table: LayerTable, target: float, generator: np.random.Generator) -> list[ExpertPlan]:
     """An own action for every expert, by chance near the target; then some are redirected to ones that stay whole."""
     chosen: list[Offer] = []
+    spread = min(_SPREAD, target, 1 - target)
     for expert in table.experts:
-        share = target + _SPREAD * generator.uniform(-1, 1)
+        share = target + spread * generator.uniform(-1, 1)
         whole = expert.offers[0]
         picked = (_SMALL if share < _SMALL_BELOW else _STORED)[generator.integers(2)]
         offers = [whole, *(offer for offer in expert.offers if offer.action.kind is picked)]
