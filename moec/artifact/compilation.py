@@ -47,6 +47,7 @@ from moec.codegen.onnx.targets import parse_target
 from moec.dialects.builtin import ModuleOp
 from moec.errors import UsageError
 from moec.frontend.huggingface import load_huggingface
+from moec.frontend.model_kind import ModelKind, model_shape
 from moec.ir import print_operation
 from moec.module import Module
 from moec.pipeline.base import Claim
@@ -84,7 +85,10 @@ def compile_folder(
     `progress` is called with the name of each step. Raises every subclass of MoecError, each for its reason; the output
     folder does not exist then (or is the one that was there before).
     """
-    Pipeline.parse(options.requested_pipeline())  # a mistake in it is reported before any work
+    # mistakes are reported before any work; the kind of the model decides between recipes only
+    kind = model_shape(source).kind if options.recipe or options.budget else ModelKind.ANY
+    requested = options.requested_pipeline(kind)
+    Pipeline.parse(requested)
     if options.calibration is not None and not options.calibration.is_file():
         raise UsageError("there is no such file to calibrate on", where=str(options.calibration))
     parse_target(options.target)
@@ -102,7 +106,7 @@ def compile_folder(
         with step("load"):
             module = load_huggingface(source, WeightStore(options.store))
             original = _copy(module)
-            pipeline = Pipeline.parse(options.full_pipeline(decoder=module.source.kind == "decoder"))
+            pipeline = Pipeline.parse(options.full_pipeline(kind, decoder=module.source.kind == "decoder"))
             before = model_size(module)
         with step("passes"):
             recorder = LedgerRecorder(module, options.check, seed=options.seed, text=options.text)
@@ -134,8 +138,8 @@ def compile_folder(
             with step("write model card"):
                 card = Card(
                     module,
-                    Path(options.recipe).name,
-                    options.requested_pipeline(),
+                    options.recipe_title,
+                    requested,
                     source_files(source),
                     (before.parameters, written.parameters),
                     written,
@@ -213,7 +217,7 @@ def _manifest(
             check=options.check.value,
             seed=options.seed,
             weights_in_place=options.weights_in_place,
-            recipe=Path(options.recipe).name,
+            recipe=options.recipe_title,
             budget=options.budget,
             calibration=None if options.calibration is None else describe_file(options.calibration),
             **_checkpoint_record(options),
@@ -238,7 +242,7 @@ def _checkpoint_record(options: CompileOptions) -> dict[str, Any]:
 
 def is_exact(pipeline: Pipeline) -> bool:
     """Whether all passes claim to preserve the function, so that the result can be compared with the source."""
-    return all(step.instance.claim is Claim.EXACT for step in pipeline.passes)
+    return all(step.instance.promise() is Claim.EXACT for step in pipeline.passes)
 
 
 def source_files(source: Path) -> dict[str, FileRecord]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moec.cache import cache_folder
 from moec.errors import UsageError
+from moec.frontend.model_kind import ModelKind
 
 RAISING_PIPELINE = "canonicalize,cse,dce,expand-complex,raise-nn,raise-moe,canonicalize,cse,dce"
 """Runs before the passes that a user names: they find norms, attention, routers and experts as single operations."""
@@ -104,7 +105,8 @@ class CompileOptions:
     """Everything that decides the bytes of an artifact besides its source.
 
     `pipeline` is pipeline text; its passes run between RAISING_PIPELINE and, for decoders, DECODER_PIPELINE. Instead of
-    it there may be a recipe, by name or file, or a budget for the recipe or, without one, for the recipe `best`.
+    it there may be a recipe, by name or file and with parameters (`best{k=2}`), or a budget for the recipe or, without
+    one, for the recipe `best`.
     """
 
     pipeline: str = ""
@@ -130,17 +132,27 @@ class CompileOptions:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     """How the Hugging Face checkpoint is written, where there is one."""
 
-    def requested_pipeline(self) -> str:
-        """The text of the passes that the user asked for. Raises UsageError for contradictions and unknown recipes."""
+    def requested_pipeline(self, model: ModelKind) -> str:
+        """The text of the passes that the user asked for, on a model of a kind.
+
+        Raises UsageError for contradictions, unknown recipes, and recipes for other models.
+        """
         if not self.recipe and not self.budget:
             return self.pipeline
         if self.pipeline:
             raise UsageError("a pipeline excludes a recipe and a budget", hint="put solve-budget into the pipeline")
-        from moec.pipeline.recipes import BEST, find_recipe
+        from moec.pipeline.recipes import requested_pipeline
 
-        return find_recipe(self.recipe or BEST).text(self.budget, self.dtype.value)
+        return requested_pipeline(self.recipe, self.budget, self.dtype.value, model)
 
-    def full_pipeline(self, *, decoder: bool) -> str:
+    @property
+    def recipe_title(self) -> str:
+        """The recipe with its parameters, without the folder of a file."""
+        from moec.pipeline.recipes import RecipeRequest
+
+        return RecipeRequest.parse(self.recipe).title
+
+    def full_pipeline(self, model: ModelKind, *, decoder: bool) -> str:
         """The text of all passes that a compilation runs. Raises as `requested_pipeline`."""
-        parts = (RAISING_PIPELINE, self.requested_pipeline(), DECODER_PIPELINE if decoder else "")
+        parts = (RAISING_PIPELINE, self.requested_pipeline(model), DECODER_PIPELINE if decoder else "")
         return ",".join(part for part in parts if part)

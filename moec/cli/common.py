@@ -15,7 +15,12 @@ SourceArgument = Annotated[Path, typer.Argument(metavar="SOURCE", help="Hugging 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `moec compile -o` wrote.")]
 PipelineOption = Annotated[str, typer.Option("--pipeline", help="Passes to run, as `a,b{option=value}`.")]
 RecipeOption = Annotated[
-    str, typer.Option("--recipe", metavar="NAME|FILE", help="Passes by the name of a recipe, or from a YAML file.")
+    str,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="Passes by the name of a recipe, or from a YAML file; parameters as in 'best{experts=16 k=4}'.",
+    ),
 ]
 BudgetOption = Annotated[
     str, typer.Option("--budget", metavar="60%|4GiB", help="Make the experts, or all weights, fit this size.")

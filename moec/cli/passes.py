@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Annotated
 
@@ -18,14 +17,16 @@ def passes(
 ) -> None:
     """Lists passes and recipes, or shows the options and statistics of one pass or the pipeline of one recipe."""
     from moec.pipeline.catalogue import as_dictionary, describe, describe_all, list_text, markdown_page, text_of
-    from moec.pipeline.recipes import recipe_list_text, recipe_text, recipes
+    from moec.pipeline.recipes import recipe_dictionary, recipe_list_text, recipe_text, recipes
 
     if as_json and markdown:
         raise UsageError("--json and --markdown exclude each other")
     if name:
-        recipe = next((recipe for recipe in recipes() if recipe.name == name), None)
-        if recipe is not None:
-            typer.echo(json.dumps(dataclasses.asdict(recipe), indent=2) if as_json else recipe_text(recipe))
+        found = [recipe for recipe in recipes() if recipe.name == name]
+        if found:
+            shown = [recipe_dictionary(recipe) for recipe in found]
+            texts = "\n\n".join(map(recipe_text, found))
+            typer.echo(json.dumps(shown, indent=2) if as_json else texts)
             return
         description = describe(name)
         typer.echo(json.dumps(as_dictionary(description), indent=2) if as_json else text_of(description))
@@ -37,6 +38,7 @@ def passes(
         typer.echo(markdown_page(descriptions), nl=False)
     else:
         typer.echo(list_text(descriptions))
-        typer.echo(f"\nRecipes, for `moec compile --recipe`:\n\n{recipe_list_text(recipes())}")
+        typer.echo("\nRecipes, for `moec compile --recipe`, and the models that they are for:\n")
+        typer.echo(recipe_list_text(recipes()))
     for problem in problems:
         typer.echo(f"moec: note: {problem}", err=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from string import Template
 
+from moec.frontend.model_kind import ModelKind
 from moec.pipeline.recipes import BEST, find_recipe
 
 KEPT_SHARES = (0.75, 0.50, 0.25)
@@ -44,7 +45,7 @@ class Recipe:
 
 def _published(name: str, family: Family) -> Recipe:
     """A recipe of `moec compile --recipe`, without the calibration in front of it."""
-    calibrate, _, rest = find_recipe(name).pipeline.partition(",")
+    calibrate, _, rest = find_recipe(name, ModelKind.MOE).pipeline.partition(",")
     assert calibrate.startswith("calibrate")
     return Recipe(name, family, Template(" ".join(rest.split())).safe_substitute(dtype="float32"))
 
