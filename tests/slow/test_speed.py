@@ -41,12 +41,15 @@ class TestStack:
     ) -> None:
         assert stack.prefill_bound_ratio(subject) <= 1.2
 
-    @pytest.mark.parametrize("dense", [expert_stack.WIDE, expert_stack.ROWS])
-    def test_prefill_is_as_fast_as_a_dense_stack_of_equal_flops(
-        self, stack: expert_stack.StackTimes, subject: str, dense: str
+    def test_prefill_is_as_fast_as_a_dense_block_of_equal_flops(
+        self, stack: expert_stack.StackTimes, subject: str
     ) -> None:
-        """512 tokens read the weights of all experts, 8 times those of the wide dense stack."""
-        assert stack.prefill_ratio(subject, dense) <= 1.2
+        """Against a block as wide as an expert that gets `top_k` rows for every token: as many products of one size.
+
+        The stack that is `top_k` times as wide computes as much and reads an eighth of the weights; the test above
+        holds the time against it together with the time to read the rest.
+        """
+        assert stack.prefill_ratio(subject, expert_stack.ROWS) <= 1.2
 
     @pytest.mark.parametrize("tokens", [1, 16, 128])
     def test_faster_than_the_grouped_product_of_torch(
