@@ -16,8 +16,10 @@ from moec.experts.expert import Constant, Expert, FeedForward
 from moec.experts.layer import MoeLayer
 from moec.experts.parts import erase_unused, new_weight, settle_names, store_tensor, tensor_of
 from moec.experts.reading import UnreadableExpertError, load_body
+from moec.experts.rows import seen_through
 from moec.ir import DimExpr, Operation, TensorType, Value
 from moec.weights.context import WeightContext
+from moec.weights.expression import Expression
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,24 @@ class DenseLayer:
         size = tensor_of(self.op.x).shape[-1]
         assert isinstance(size, int)
         return size
+
+    @property
+    def is_beside_experts(self) -> bool:
+        """Whether it stands beside routed experts as a shared one: both read the same rows."""
+        source = self.op.x
+        while source.defining_op is not None and source.defining_op.name == _VIEW:
+            source = source.defining_op.operands[0]
+        frontier = [source]
+        while frontier:
+            for user in frontier.pop().users:
+                if isinstance(user, ExpertsOp):
+                    return True
+                if user.name == _VIEW:
+                    frontier.extend(user.results)
+        return False
+
+
+_VIEW = "aten.view.default"
 
 
 def find_dense_layers(root: Operation) -> tuple[DenseLayer, ...]:
@@ -115,8 +135,19 @@ def _block(layer: DenseLayer, weights: WeightContext, block: FeedForward) -> MLP
     """The feed-forward block as an operation."""
     given = [
         new_weight(
-            layer.op, f"{layer.name}.shared.{item.name}", store_tensor(weights, item.tensor), tuple(item.tensor.shape)
+            layer.op,
+            f"{layer.name}.shared.{item.name}",
+            _source_of(block, item.tensor, weights),
+            tuple(item.tensor.shape),
         )
         for item in operands_of(block)
     ]
     return MLPOp(layer.op.x, given, regions=[build_body(block, layer.hidden_size)])
+
+
+def _source_of(block: FeedForward, tensor: torch.Tensor, weights: WeightContext) -> Expression:
+    """Where a tensor of the block lies: in the source where it was loaded from there, else in the store."""
+    known = next((item for item in block.loaded if item.holds(tensor) and item.row is None), None)
+    if known is None:
+        return store_tensor(weights, tensor)
+    return seen_through(known.stack, known.view, 0, lambda source: weights.shape_dtype(source)[0])

@@ -146,6 +146,10 @@ class Pass:
     claim: ClassVar[Claim] = Claim.EXACT
     anchor: ClassVar[str] = ""
 
+    def promise(self) -> Claim:
+        """What a run with these options is held to: `claim`, unless they decide."""
+        return self.claim
+
     def run(self, op: Operation, context: PassContext) -> None:
         """Transforms `op` in place; raises MoecError where it cannot."""
         raise NotImplementedError(f"{type(self).__name__} has no run method")

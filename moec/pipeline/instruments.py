@@ -38,7 +38,7 @@ class PassExecution:
 
     @property
     def claim(self) -> Claim:
-        return self.instance.claim
+        return self.instance.promise()
 
     @cached_property
     def text(self) -> str:

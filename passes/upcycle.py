@@ -1,0 +1,192 @@
+"""Upcycling: dense feed-forward blocks become layers of whole experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import ClassVar
+
+import torch
+
+from moec.dialects.moe import WeightFrom
+from moec.errors import UsageError
+from moec.experts import (
+    FeedForward,
+    UnreadableExpertError,
+    find_dense_layers,
+    load_dense,
+    make_sparse,
+    replace_router,
+    replace_routing,
+)
+from moec.experts.dense import DenseLayer
+from moec.ir import Operation
+from moec.passes.neuron_pruning.slicing import slicing_problem
+from moec.passes.upcycling.copies import drawn_neurons, shards, ternary, with_new_neurons, with_noise
+from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
+
+
+class Kind(Enum):
+    """What an expert is made of."""
+
+    COPY = "copy"  # the block as it is
+    TERNARY = "ternary"  # its matrices with three values each, as MoTE
+
+
+class Perturbation(Enum):
+    """What tells copies apart."""
+
+    NONE = "none"
+    NOISE = "noise"  # normal numbers on some of the elements
+    DROP = "drop"  # some neurons are drawn anew, as Drop-Upcycling
+
+
+class Shared(Enum):
+    """What every token runs beside its experts."""
+
+    NONE = "none"
+    SEED = "seed"  # the block itself
+
+
+class Gates(Enum):
+    """What the outputs of the chosen experts are multiplied with."""
+
+    SOFTMAX = "softmax"  # the softmax of the chosen logits, which adds up to one
+    SCORE = "score"  # the softmax of all logits, as Switch; adds up to less than one
+
+
+@register_pass("upcycle")
+@dataclass(frozen=True)
+class Upcycle(Pass):
+    """Makes every dense feed-forward block a layer of experts that are copies of it.
+
+    1. Each block becomes `experts` copies, or with `granularity` G that many copies of G shards each. Plain copies stay
+       the bytes of the source: nothing is written for them.
+    2. The router is random, the same for the shards of a copy. Gates are the softmax of the chosen logits, and the sum
+       of G shards is multiplied with G: then the layer computes what the block did, whoever is chosen. With shards, k
+       must be a multiple of G, so that whole copies are chosen.
+    3. `perturb` makes copies differ, `kind=ternary` makes them cheap, `shared=seed` keeps the block beside them and
+       `scale` multiplies what is routed. The factor is the route's, never one of gate's rows, which are not linear.
+
+    The claim is exact for plain copies whose gates add up to one, and lossy for everything else. Sparse Upcycling
+    (Komatsuzaki et al. 2022), Drop-Upcycling (Nakamura et al. 2025), virtual groups (He et al. 2024, with their factor
+    moved off gate), MoTE, Dynamic-DINO.
+    """
+
+    claim: ClassVar[Claim] = Claim.LOSSY
+    blocks = Statistic("dense blocks that became layers of experts")
+    experts: int = option("copies of each block", 8)
+    granularity: int = option("shards that each copy is cut into", 1)
+    k: int = option("experts for each token; 0: two, or all shards of one copy", 0)
+    gates: Gates = option("what outputs are multiplied with", Gates.SOFTMAX)
+    kind: Kind = option("what copies are made of", Kind.COPY)
+    perturb: Perturbation = option("what tells copies apart", Perturbation.NONE)
+    ratio: float = option("the share of elements that get noise, or of neurons that are drawn anew", 0.5)
+    noise: float = option("standard deviation of the noise", 0.02)
+    aligned: bool = option("draw the same neurons anew in all matrices of an expert", True)
+    shared: Shared = option("what every token runs beside its experts", Shared.NONE)
+    scale: float = option("factor of the sum of experts", 1.0)
+    every: int = option("only every n-th block, the n-th first", 1)
+    layers: tuple[int, ...] = option("only the blocks of these numbers, counted from 0", ())
+    deviation: float = option("standard deviation of the router's weights", 0.02)
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "granularity", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.k < 0 or self.noise < 0 or not 0 <= self.ratio <= 1:
+            raise ValueError("k and noise must not be negative, ratio must be within 0..1")
+        if self.deviation <= 0:
+            raise ValueError("deviation must be positive: a router of zeros cannot tell groups apart")
+        if not 0 <= self.scale < float("inf"):
+            raise ValueError("scale must be a number that is not negative")
+        if self.k % self.granularity:
+            raise ValueError(
+                f"k = {self.k} is no multiple of granularity {self.granularity}: parts of a copy would be chosen"
+            )
+        if self.k > self.experts * self.granularity:
+            raise ValueError(f"{self.k} experts cannot be chosen among {self.experts * self.granularity}")
+        if self.every > 1 and self.layers:
+            raise ValueError("every and layers exclude each other")
+
+    def promise(self) -> Claim:
+        if self.shared is Shared.SEED:
+            return Claim.EXACT if self.scale == 0 else Claim.LOSSY
+        changed = self.kind is not Kind.COPY or (self.perturb is not Perturbation.NONE and self.ratio > 0)
+        adds_up = self.gates is Gates.SOFTMAX or self._choices == self._outputs
+        return Claim.EXACT if adds_up and not changed and self.scale == 1 else Claim.LOSSY
+
+    @property
+    def _outputs(self) -> int:
+        return self.experts * self.granularity
+
+    @property
+    def _choices(self) -> int:
+        return self.k or (self.granularity if self.granularity > 1 else min(2, self.experts))
+
+    def run(self, op: Operation, context: PassContext) -> None:
+        weights = context.require_weights()
+        blocks = [layer for layer in find_dense_layers(op) if not layer.is_beside_experts]
+        for layer in self._chosen(blocks):
+            try:
+                block = load_dense(layer, weights)
+            except UnreadableExpertError as error:
+                context.refuse(layer.op, error.message, self.pass_name)
+                continue
+            problem = slicing_problem(block)
+            if problem:
+                context.refuse(layer.op, problem, self.pass_name)
+                continue
+            if block.width % self.granularity:
+                raise UsageError(
+                    f"{self.granularity} shards do not divide {block.width} neurons",
+                    where=layer.name,
+                    hint="choose a granularity that divides them",
+                )
+            generator = torch.Generator().manual_seed(context.seed * 1_000_003 + layer.index)
+            router = torch.randn(self.experts, layer.hidden_size, generator=generator) * self.deviation
+            copies = [self._copy(block, generator) for _ in range(self.experts)]
+            experts = [shard for copy in copies for shard in shards(copy, self.granularity)]
+            made = make_sparse(layer, weights, experts, block if self.shared is Shared.SEED else None)
+            made = replace_router(made, weights, router.repeat_interleave(self.granularity, dim=0))
+            weight_from = WeightFrom.SOFTMAX_SELECTED if self.gates is Gates.SOFTMAX else WeightFrom.SCORE
+            routing = replace(
+                made.route.routing, k=self._choices, weight_from=weight_from, scale=self.granularity * self.scale
+            )
+            made = replace_routing(made, routing)
+            if self.promise() is Claim.LOSSY and self.gates is Gates.SCORE:
+                context.remark(
+                    made.route, "gates do not add up to one, so equal experts do not give what the block did"
+                )
+            if self.perturb is Perturbation.DROP and not self.aligned and self.ratio > 0:
+                context.remark(
+                    made.experts,
+                    "other neurons are drawn anew in each matrix, so that more than `ratio` of them are broken",
+                )
+            context.count(self.blocks)
+
+    def _chosen(self, blocks: list[DenseLayer]) -> list[DenseLayer]:
+        if not blocks:
+            raise UsageError(
+                "there is no dense feed-forward block", hint="upcycle belongs in front of what makes experts"
+            )
+        unknown = [number for number in self.layers if not 0 <= number < len(blocks)]
+        if unknown:
+            raise UsageError(f"there is no block {unknown[0]} among {len(blocks)}", hint="count from 0")
+        if self.layers:
+            return [blocks[number] for number in sorted(set(self.layers))]
+        return blocks[self.every - 1 :: self.every]
+
+    def _copy(self, block: FeedForward, generator: torch.Generator) -> FeedForward:
+        if self.kind is Kind.TERNARY:
+            block = ternary(block)
+        match self.perturb:
+            case Perturbation.NOISE:
+                return with_noise(block, self.ratio, self.noise, generator)
+            case Perturbation.DROP:
+                drawn = drawn_neurons(block.width, self.ratio, generator)
+                if self.aligned:
+                    return with_new_neurons(block, (drawn, drawn, drawn), generator)
+                others = [drawn_neurons(block.width, self.ratio, generator) for _ in range(2)]
+                return with_new_neurons(block, (drawn, *others), generator)
+        return block
