@@ -13,6 +13,7 @@ from moec.calibration.calibration import Calibration, calibrate_module, starved_
 from moec.calibration.data import IDS_SUFFIXES, read_data
 from moec.calibration.walk import WalkSettings
 from moec.errors import UsageError
+from moec.experts.dense import find_dense_layers
 from moec.experts.layer import MoeLayer, find_moe_layers, find_unreadable
 from moec.ir.operation import Operation
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
@@ -33,18 +34,21 @@ class Calibrate(Pass):
     1. One walk, layer by layer over all sequences: each layer's weights are loaded once, and first-order sums over the
        tokens of each expert are added up in float64 while it runs. Gates are those that the model multiplies with.
     2. An evenly spread reservoir of tokens is kept of each layer, the same in all; what is larger than sums (second
-       moments, every expert on every token) is computed from it by the passes that need it.
+       moments, every expert on every token) is computed from it by the passes that need it. Dense feed-forward blocks
+       have a reservoir too, for `factorize`; those that stand beside experts have none.
     3. With `gradients` one walk back gives the derivative of the text's loss by the output of every layer's experts.
     4. The result is kept in the store by the digests of model, weights and tokens, and recalled from it.
     5. Experts that fewer than `coverage` tokens chose are named in a remark. Their statistics are the sums over the
        tokens that there are: zero, with count zero, where there are none.
 
-    Text goes through the model's own tokenizer and is cut into windows; the seed of the run picks which.
+    Text goes through the model's own tokenizer and is cut into windows; the seed of the run picks which. Several texts
+    are several domains to passes that tell them apart.
     """
 
     claim: ClassVar[Claim] = Claim.EXACT
     anchor: ClassVar[str] = "builtin.module"
     layers = Statistic("layers with experts")
+    blocks = Statistic("dense feed-forward blocks")
     tokens_seen = Statistic("tokens")
     sequences_seen = Statistic("sequences")
     starved = Statistic("experts that fewer than `coverage` tokens chose")
@@ -84,6 +88,7 @@ class Calibrate(Pass):
         context.count(self.recalled, int(calibration.from_cache))
         for unreadable in find_unreadable(op):
             context.refuse(unreadable.op, unreadable.reason, self.pass_name)
+        context.count(self.blocks, sum(not block.is_beside_experts for block in find_dense_layers(op)))
         for layer in find_moe_layers(op):
             context.count(self.layers)
             self._report(layer, calibration, context)

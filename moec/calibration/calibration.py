@@ -14,10 +14,11 @@ from moec.calibration.data import CalibrationData
 from moec.calibration.observation import expert_widths
 from moec.calibration.sample import LayerSample
 from moec.calibration.statistics import LayerStatistics, StatisticsSum
-from moec.calibration.walk import LayerResult, WalkSettings, walk
+from moec.calibration.walk import AnyLayer, LayerResult, WalkSettings, walk
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertsOp
 from moec.errors import UsageError
+from moec.experts.dense import find_dense_layers
 from moec.experts.expert import FeedForward
 from moec.experts.layer import MoeLayer, find_moe_layers
 from moec.experts.reading import load_expert
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from moec.module import Module
     from moec.weights.context import WeightContext
 
-_CODE_VERSION = "1"
+_CODE_VERSION = "2"
 
 Kept = torch.Tensor | Stored
 """A tensor in memory, or in the store."""
@@ -79,6 +80,8 @@ class Calibration:
         record, fingerprint = self._record(layer), layer_fingerprint(layer)
         if record.fingerprint == fingerprint:
             return LayerStatistics.unpack(self._load(record.tensors["statistics"]))
+        if "statistics" not in record.tensors:
+            return sample_statistics(layer, self.sample(layer))
         known = self._recomputed.get(layer.name)
         if known is None or known[0] != fingerprint:
             calibrated = LayerStatistics.unpack(self._load(record.tensors["statistics"]))
@@ -86,7 +89,7 @@ class Calibration:
             known = self._recomputed[layer.name] = (fingerprint, found)
         return known[1]
 
-    def sample(self, layer: MoeLayer) -> LayerSample:
+    def sample(self, layer: AnyLayer) -> LayerSample:
         """Rows of the original model at this layer; raises UsageError for a layer that was not calibrated."""
         tensors = self._record(layer).tensors
         x = self._load(tensors["x"])
@@ -94,6 +97,26 @@ class Calibration:
         gradient = self._load(tensors["gradient"]) if "gradient" in tensors else None
         y, sequence = self._load(tensors["y"]), self._load(tensors["sequence"])
         return LayerSample(x, router_input, y, gradient, sequence, self._weights)
+
+    def knows(self, layer: AnyLayer) -> bool:
+        """Whether a layer was calibrated."""
+        return layer.name in self._records
+
+    def domains(self, sample: LayerSample) -> torch.Tensor:
+        """The number of the text, among `data.domains`, that each row of a sample is from: int64 [R]."""
+        return torch.tensor(self.data.domain, dtype=torch.int64)[sample.sequence]
+
+    def with_outputs(self, outputs: Mapping[str, torch.Tensor]) -> Calibration:
+        """The same with other outputs y [R, H] in the samples of some layers, by name.
+
+        For whoever moves a part of a layer's output to another place, where all that follows is to know the rest.
+        """
+        records = dict(self._records)
+        for name, y in outputs.items():
+            record = records[name]
+            kept: Kept = y if self._weights.store is None else self._weights.store.put(y)
+            records[name] = _LayerRecord(record.fingerprint, {**record.tensors, "y": kept})
+        return Calibration(self.data, self._weights, records, from_cache=self.from_cache)
 
     @property
     def has_gradients(self) -> bool:
@@ -117,7 +140,7 @@ class Calibration:
             known = self._tables[name, layer.name] = (fingerprint, _TABLES[name](layer, self.sample(layer)))
         return known[1]
 
-    def _record(self, layer: MoeLayer) -> _LayerRecord:
+    def _record(self, layer: AnyLayer) -> _LayerRecord:
         record = self._records.get(layer.name)
         if record is None:
             raise UsageError(
@@ -135,13 +158,17 @@ _TABLES = {"mean_outputs": mean_outputs, "redirect_distortion": redirect_distort
 def calibrate_module(
     module: Module, data: CalibrationData, settings: WalkSettings, *, all_experts: bool = False
 ) -> Calibration:
-    """Gathers the statistics of all layers with experts, or recalls them where the same model saw the same tokens.
+    """Gathers the statistics of all layers with experts and the rows of dense blocks that are not beside experts, or
+    recalls them where the same model saw the same tokens.
 
     Equal means: equal IR, equal contents of all weights, equal token ids, equal settings. With `all_experts` the tables
     that need every expert on every row are made now, too. Raises as `walk` does.
     """
-    layers = find_moe_layers(module.op)
-    fingerprints = {layer.name: layer_fingerprint(layer) for layer in layers}
+    blocks = [block for block in find_dense_layers(module.op) if not block.is_beside_experts]
+    layers: list[AnyLayer] = [*find_moe_layers(module.op), *blocks]
+    fingerprints = {
+        layer.name: layer_fingerprint(layer) if isinstance(layer, MoeLayer) else "a dense block" for layer in layers
+    }
     store = module.weights.store
     work = None
     if store is not None:
@@ -153,13 +180,15 @@ def calibrate_module(
     kept: dict[str, Kept] = {}
 
     def keep(found: LayerResult) -> None:
-        tensors = {"statistics": found.statistics.pack(), "x": found.rows.x, "y": found.rows.y}
+        tensors = {"x": found.rows.x, "y": found.rows.y}
+        if found.statistics is not None:
+            tensors["statistics"] = found.statistics.pack()
         tensors["sequence"] = found.rows.sequence
         if found.rows.router_input is not None:
             tensors["router_input"] = found.rows.router_input
         if found.gradient is not None:
             tensors["gradient"] = found.gradient
-        if all_experts:
+        if all_experts and isinstance(found.layer, MoeLayer):
             router_input = tensors.get("router_input", found.rows.x)
             sample = LayerSample(found.rows.x, router_input, found.rows.y, None, found.rows.sequence, module.weights)
             tensors.update({name: table(found.layer, sample) for name, table in _TABLES.items()})

@@ -28,11 +28,16 @@ _BUNDLED = ("kjv.calibration.txt", "shakespeare.calibration.txt")
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Token ids, int64 [length] for each sequence; `available` is the number of windows they were chosen from."""
+    """Token ids, int64 [length] for each sequence; `available` is the number of windows they were chosen from.
+
+    `domains` are the names of the texts, `domain` says of which of them each sequence is; ids from a file are one.
+    """
 
     name: str
     sequences: tuple[NDArray[np.int64], ...]
     available: int
+    domains: tuple[str, ...]
+    domain: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -76,18 +81,26 @@ def read_data(
         raise UsageError("text and tokens exclude each other", hint="give either text files or a file of ids")
     if module.source.kind == "module":
         raise UsageError("this model takes no text", hint="only language models can be calibrated on text")
+    names: tuple[str, ...]
     if tokens is not None:
-        name, streams = tokens.name, _read_ids(tokens)
+        streams = _read_ids(tokens)
+        names, of = (tokens.name,), [0] * len(streams)
     else:
-        name, streams = _read_texts(module, texts)
+        names, streams = _read_texts(module, texts)
+        of = list(range(len(streams)))
+    name = ", ".join(names) if texts or tokens is not None else "texts that moec brings along"
     total = sum(len(stream) for stream in streams)
     if total < 2:
         what = "is empty" if total == 0 else "has one token"
         raise UsageError(f"the calibration text {what}", where=name, hint="give a text of some thousand tokens")
     _check_vocabulary(name, streams, vocabulary_size(module))
-    windows = [window for stream in streams for window in _windows(stream, length)]
+    windows = [
+        (window, domain) for stream, domain in zip(streams, of, strict=True) for window in _windows(stream, length)
+    ]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(windows))[:sequences])
-    return CalibrationData(name, tuple(windows[index] for index in chosen.tolist()), len(windows))
+    taken = [windows[index] for index in chosen.tolist()]
+    ids, domains = tuple(window for window, _ in taken), tuple(domain for _, domain in taken)
+    return CalibrationData(name, ids, len(windows), names, domains)
 
 
 def _windows(stream: NDArray[np.int64], length: int) -> list[NDArray[np.int64]]:
@@ -98,15 +111,16 @@ def _windows(stream: NDArray[np.int64], length: int) -> list[NDArray[np.int64]]:
     return list(stream[: count * length].reshape(count, length))
 
 
-def _read_texts(module: Module, texts: Sequence[Path]) -> tuple[str, list[NDArray[np.int64]]]:
+def _read_texts(module: Module, texts: Sequence[Path]) -> tuple[tuple[str, ...], list[NDArray[np.int64]]]:
+    """Names and tokens of the texts, or of those that moec brings along."""
     if module.source.folder is None:
         raise UsageError("the model has no folder with a tokenizer", hint="give the calibration tokens as ids")
     codec = TextCodec(module.source.folder)
     if texts:
-        return ", ".join(path.name for path in texts), [codec.read(path).ids for path in texts]
+        return tuple(path.name for path in texts), [codec.read(path).ids for path in texts]
     folder = files("moec.calibration").joinpath("texts")
     passages = [(name, folder.joinpath(name).read_text(encoding="utf-8")) for name in _BUNDLED]
-    return "texts that moec brings along", [codec.encode_text(name, text).ids for name, text in passages]
+    return _BUNDLED, [codec.encode_text(name, text).ids for name, text in passages]
 
 
 def _read_ids(path: Path) -> list[NDArray[np.int64]]:

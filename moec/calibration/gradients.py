@@ -1,4 +1,4 @@
-"""One walk back: the derivative of the text's loss by the output of every `moe.experts`.
+"""One walk back: the derivative of the text's loss by the output of every `moe.experts` and dense block.
 
 Each segment runs again under torch's gradient mode, from the values that stood in front of it. So memory holds those
 values, one layer's weights and what one layer on one batch saves for its derivative.
@@ -13,7 +13,6 @@ import torch
 
 from moec.calibration.observation import BatchPlace
 from moec.errors import UsageError
-from moec.experts.layer import MoeLayer
 from moec.ir import Operation, Value
 from moec.reference.executor import Execution, Executor
 from moec.reference.frame import Observation
@@ -28,14 +27,14 @@ def walk_back(
     segments: Sequence[Segment],
     snapshots: Mapping[int, list[Snapshot]],
     places: Sequence[BatchPlace],
-    layers: Sequence[MoeLayer],
+    names: Mapping[Operation, str],
 ) -> Iterator[tuple[int, dict[str, float], dict[str, torch.Tensor]]]:
     """(position, mean squared norm, rows [R, H] of the reservoir), the latter two by layer, for each segment from the
-    last one to the first one with a snapshot. Snapshots are emptied on the way.
+    last one to the first one with a snapshot. Snapshots are emptied on the way; `names` are the operations whose
+    outputs are asked for, with the names of their layers.
 
     The loss is the sum over all tokens that have a next one of -log p(next), in nats.
     """
-    names: dict[Operation, str] = {layer.experts: layer.name for layer in layers}
     total = sum(int(place.mask.sum()) for place in places)
     count = sum(len(place.rows) for place in places)
     outputs: dict[Operation, torch.Tensor] = {}
@@ -78,7 +77,7 @@ def _step_back(
     place: BatchPlace,
     outputs: dict[Operation, torch.Tensor],
 ) -> tuple[Snapshot, dict[Operation, torch.Tensor]]:
-    """(derivatives by the values in front of the segment, by the outputs of experts in it).
+    """(derivatives by the values in front of the segment, by the outputs of the layers asked for in it).
 
     `after` are the derivatives by the values behind it, None behind the last one.
     """
@@ -109,11 +108,11 @@ def _step_back(
     for value, gradient in zip(leaves, found[: len(leaves)], strict=True):
         if gradient is not None:
             result[value] = result[value] + gradient if value in result else gradient
-    by_experts = {
+    by_layers = {
         op: torch.zeros_like(tensor) if gradient is None else gradient
         for (op, tensor), gradient in zip(outputs.items(), found[len(leaves) :], strict=True)
     }
-    return {value: gradient.detach() for value, gradient in result.items()}, by_experts
+    return {value: gradient.detach() for value, gradient in result.items()}, by_layers
 
 
 def _loss(logits: torch.Tensor, execution: Execution, place: BatchPlace) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from moec.calibration.statistics import StatisticsSum
 from moec.dialects.aten import AtenOp
+from moec.experts.dense import DenseLayer
 from moec.experts.layer import MoeLayer
 from moec.ir import Operation, Region, TensorType, Value
 from moec.reference.frame import Observation, Observer
@@ -41,6 +42,34 @@ class LayerRows:
     router_input: torch.Tensor | None
     sequence: torch.Tensor
 
+    @staticmethod
+    def empty(rows: int, size: int, dtype: torch.dtype, router_size: int = 0) -> LayerRows:
+        """Zeros for `rows` rows of H = `size`; of the router's input where it has a size of its own."""
+        return LayerRows(
+            torch.zeros(rows, size, dtype=dtype),
+            torch.zeros(rows, size, dtype=dtype),
+            torch.zeros(rows, router_size, dtype=dtype) if router_size else None,
+            torch.zeros(rows, dtype=torch.int64),
+        )
+
+    def note(self, place: BatchPlace, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Keeps the rows of one batch, x and y [..., H]."""
+        self.x[place.target] = x.reshape(-1, x.shape[-1])[place.rows]
+        self.y[place.target] = y.reshape(-1, y.shape[-1])[place.rows]
+        self.sequence[place.target] = place.sequence
+
+
+class DenseGathering:
+    """What one dense feed-forward block gives, while batches run: rows alone."""
+
+    def __init__(self, layer: DenseLayer, rows: int, dtype: torch.dtype) -> None:
+        self.layer = layer
+        self.rows = LayerRows.empty(rows, layer.hidden_size, dtype)
+
+    def on_block(self, seen: Observation, place: BatchPlace) -> None:
+        """The whole block."""
+        self.rows.note(place, seen.operand(self.layer.op.x), seen.results[0])
+
 
 class LayerGathering:
     """What one layer gives, while batches run."""
@@ -51,12 +80,7 @@ class LayerGathering:
         self.sums = StatisticsSum(layer.outputs, size, expert_widths(layer))
         own_input = layer.router.tensor("input") is not layer.experts.x
         router_size = _last_size(layer.router.tensor("input"))
-        self.rows = LayerRows(
-            torch.zeros(rows, size, dtype=dtype),
-            torch.zeros(rows, size, dtype=dtype),
-            torch.zeros(rows, router_size, dtype=dtype) if own_input else None,
-            torch.zeros(rows, dtype=torch.int64),
-        )
+        self.rows = LayerRows.empty(rows, size, dtype, router_size if own_input else 0)
         self._chosen: dict[int, _Chosen] = {}
         self._hidden: torch.Tensor | None = None
 
@@ -97,18 +121,19 @@ class LayerGathering:
 
     def on_experts(self, seen: Observation, place: BatchPlace) -> None:
         """The whole layer."""
-        self.rows.x[place.target] = seen.operand(self.layer.experts.x)[place.rows]
-        self.rows.y[place.target] = seen.results[0][place.rows]
-        self.rows.sequence[place.target] = place.sequence
+        self.rows.note(place, seen.operand(self.layer.experts.x), seen.results[0])
 
 
 _Handler = Callable[[Observation, BatchPlace], None]
 
 
-def gather(layers: Sequence[LayerGathering], place: BatchPlace) -> Observer:
+def gather(layers: Sequence[LayerGathering | DenseGathering], place: BatchPlace) -> Observer:
     """An observer of the run of one batch."""
     handlers: dict[Operation, _Handler] = {}
     for found in layers:
+        if isinstance(found, DenseGathering):
+            handlers[found.layer.op] = found.on_block
+            continue
         layer = found.layer
         handlers[layer.router] = found.on_router
         handlers[layer.route] = found.on_route

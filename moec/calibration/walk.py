@@ -12,13 +12,14 @@ import torch
 from moec.artifact.tokens import function_inputs
 from moec.calibration.data import CalibrationData
 from moec.calibration.gradients import Snapshot, walk_back
-from moec.calibration.observation import BatchPlace, LayerGathering, LayerRows, gather
+from moec.calibration.observation import BatchPlace, DenseGathering, LayerGathering, LayerRows, gather
 from moec.calibration.sample import spread_rows
 from moec.calibration.statistics import LayerStatistics
 from moec.dialects.builtin import WeightOp
 from moec.errors import MoecError, UnsafeInputError, VerificationError
+from moec.experts.dense import DenseLayer
 from moec.experts.layer import MoeLayer
-from moec.ir import TensorType
+from moec.ir import Operation, TensorType
 from moec.reference.executor import Execution, Executor
 from moec.reference.layers import AFTER_LAYERS, BEFORE_LAYERS, Segment, layer_segments
 
@@ -26,12 +27,18 @@ if TYPE_CHECKING:
     from moec.module import Module
 
 
+AnyLayer = MoeLayer | DenseLayer
+
+
 @dataclass(frozen=True)
 class LayerResult:
-    """What one layer left: sums over all tokens, and rows of some. `gradient` as in `LayerSample`."""
+    """What one layer left: sums over all tokens, and rows of some. `gradient` as in `LayerSample`.
 
-    layer: MoeLayer
-    statistics: LayerStatistics
+    A dense feed-forward block has no sums.
+    """
+
+    layer: AnyLayer
+    statistics: LayerStatistics | None
     rows: LayerRows
     gradient: torch.Tensor | None
 
@@ -48,7 +55,7 @@ class WalkSettings:
 
 def walk(
     module: Module,
-    layers: Sequence[MoeLayer],
+    layers: Sequence[AnyLayer],
     data: CalibrationData,
     settings: WalkSettings,
     keep: Callable[[LayerResult], None],
@@ -61,37 +68,39 @@ def walk(
     segments = layer_segments(executor.function.body, executor.steps)
     places = _places(module, data, settings)
     here = {position: _layers_in(segment, layers) for position, segment in enumerate(segments)}
-    with_experts = [position for position, found in here.items() if found]
-    if not with_experts:
+    observed = [position for position, found in here.items() if found]
+    if not observed:
         return
     count = sum(len(place.rows) for place in places)
-    gathered = {layer.name: LayerGathering(layer, count, settings.dtype) for layer in layers}
+    gathered = {layer.name: _gathering(layer, count, settings.dtype) for layer in layers}
     snapshots: dict[int, list[Snapshot]] = {}
-    last = with_experts[-1]
+    last = observed[-1]
     with torch.no_grad(), ExitStack() as stack:
         executions = []
         for place in places:
             observer = gather(list(gathered.values()), place)
             executions.append(stack.enter_context(executor.session(place.inputs, observers=[observer])))
         for position, segment in enumerate(segments[: last + 1]):
-            if settings.gradients and position >= with_experts[0]:
+            if settings.gradients and position >= observed[0]:
                 snapshots[position] = [dict(execution.values) for execution in executions]
             _run(executor, segment, executions)
             for layer in here[position]:
                 _require_numbers(module, segment, gathered[layer.name])
                 if not settings.gradients:
                     found = gathered.pop(layer.name)
-                    keep(LayerResult(layer, found.sums.result(), found.rows, None))
+                    sums = None if isinstance(found, DenseGathering) else found.sums.result()
+                    keep(LayerResult(layer, sums, found.rows, None))
         if settings.gradients and last + 1 < len(segments):
             snapshots[last + 1] = [dict(execution.values) for execution in executions]
     if settings.gradients:
         behind = segments[last + 1 :]
         steps = tuple(step for segment in behind for step in segment.steps)
         ahead = [*segments[: last + 1], *([Segment(AFTER_LAYERS, steps, ())] if steps else [])]
-        for position, energy, rows in walk_back(executor, ahead, snapshots, places, layers):
+        outputs = {output_of(layer): layer.name for layer in layers}
+        for position, energy, rows in walk_back(executor, ahead, snapshots, places, outputs):
             for layer in here.get(position, ()):
                 found = gathered.pop(layer.name)
-                sums = found.sums.result(energy[layer.name])
+                sums = None if isinstance(found, DenseGathering) else found.sums.result(energy[layer.name])
                 keep(LayerResult(layer, sums, found.rows, rows[layer.name]))
 
 
@@ -130,13 +139,23 @@ def _places(module: Module, data: CalibrationData, settings: WalkSettings) -> li
     return places
 
 
-def _layers_in(segment: Segment, layers: Sequence[MoeLayer]) -> list[MoeLayer]:
+def output_of(layer: AnyLayer) -> Operation:
+    """The operation that gives a layer's output."""
+    return layer.experts if isinstance(layer, MoeLayer) else layer.op
+
+
+def _gathering(layer: AnyLayer, rows: int, dtype: torch.dtype) -> LayerGathering | DenseGathering:
+    return LayerGathering(layer, rows, dtype) if isinstance(layer, MoeLayer) else DenseGathering(layer, rows, dtype)
+
+
+def _layers_in(segment: Segment, layers: Sequence[AnyLayer]) -> list[AnyLayer]:
     ops = {step.op for step in segment.steps}
-    return [layer for layer in layers if layer.experts in ops]
+    return [layer for layer in layers if output_of(layer) in ops]
 
 
-def _require_numbers(module: Module, segment: Segment, found: LayerGathering) -> None:
-    if bool(found.sums.is_finite() and found.rows.y.isfinite().all()):
+def _require_numbers(module: Module, segment: Segment, found: LayerGathering | DenseGathering) -> None:
+    sums_are_finite = isinstance(found, DenseGathering) or found.sums.is_finite()
+    if bool(sums_are_finite and found.rows.y.isfinite().all()):
         return
     for op in {value.defining_op: None for step in segment.steps for value in step.op.operands}:
         if isinstance(op, WeightOp) and isinstance(op.value.type, TensorType) and op.value.type.dtype.is_float:
@@ -150,7 +169,7 @@ def _require_numbers(module: Module, segment: Segment, found: LayerGathering) ->
     raise _overflow(found.layer)
 
 
-def _overflow(layer: MoeLayer) -> MoecError:
+def _overflow(layer: AnyLayer) -> MoecError:
     return VerificationError(
         "the layer's outputs are no finite numbers although its weights are",
         where=layer.name,

@@ -1,1 +1,4 @@
-"""What factorize is made of: which neurons go together, and experts made of some of a block's neurons."""
+"""What factorize is made of: which neurons go together by their weights (`partition`), by the text that they are active
+on (`activity`, `co_activation`, `co_activation_graph`) and by the loss (`importance`); `division` chooses among them,
+`blocks`, `segments` and `heads` cut dense blocks, experts and attention.
+"""

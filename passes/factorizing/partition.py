@@ -44,10 +44,10 @@ def balanced_k_means(rows: torch.Tensor, sizes: Sequence[int], generator: torch.
 
 
 def balanced_assignment(cost: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """A group int64 [n] for each row of `cost` [n, groups], groups of exactly `sizes` rows, of small total cost.
+    """A group int64 [n] for each row of `cost` [n, groups], groups of exactly `sizes` rows, of the least total cost.
 
-    Rows choose in the order of what they lose by their second choice; then rows change places in pairs as long as
-    that lowers the cost. The result is a local optimum under exchanges of two rows.
+    Rows choose in the order of what they lose by their second choice; rows change places in pairs, and then in rings
+    of groups, as long as that lowers the cost. Where no ring does, the cost is the least one (Klein 1967).
     """
     groups = len(sizes)
     if groups == 1:
@@ -62,7 +62,51 @@ def balanced_assignment(cost: torch.Tensor, sizes: Sequence[int]) -> torch.Tenso
         group = next(group for group in preferred[row] if room[group])
         room[group] -= 1
         labels[row] = group
-    return _exchange(cost, labels, groups)
+    return _rotate(cost, _exchange(cost, labels, groups), groups)
+
+
+def _rotate(cost: torch.Tensor, labels: torch.Tensor, groups: int) -> torch.Tensor:
+    """Moves one row from each group of a ring to the next one while that lowers the total cost."""
+    least = 1e-9 * float(1 + cost.abs().max())
+    while True:
+        change = cost - cost.gather(1, labels[:, None])
+        price = torch.full((groups, groups), torch.inf, dtype=torch.float64)
+        mover = torch.zeros(groups, groups, dtype=torch.int64)
+        for group in range(groups):
+            rows = (labels == group).nonzero()[:, 0]
+            if len(rows):
+                found = change[rows].min(dim=0)
+                price[group], mover[group] = found.values, rows[found.indices]
+        price.fill_diagonal_(torch.inf)
+        ring = _negative_ring(price, least)
+        if not ring:
+            return labels
+        for group, following in zip(ring, [*ring[1:], ring[0]], strict=True):
+            labels[mover[group, following]] = following
+
+
+def _negative_ring(price: torch.Tensor, least: float) -> list[int]:
+    """Groups along a ring of edges [from, to] that costs less than -`least`, by Bellman and Ford; empty for none."""
+    distance = torch.zeros(len(price), dtype=torch.float64)
+    before = torch.full((len(price),), -1)
+    for _ in range(len(price)):
+        found = (distance[:, None] + price).min(dim=0)
+        better = found.values < distance - least
+        if not bool(better.any()):
+            return []
+        distance = torch.where(better, found.values, distance)
+        before = torch.where(better, found.indices, before)
+    at = int(better.nonzero()[0])
+    for _ in range(len(price)):
+        at = int(before[at])
+        if at < 0:
+            return []
+    ring = [at]
+    while int(before[ring[-1]]) != at:
+        ring.append(int(before[ring[-1]]))
+    ring.reverse()
+    total = sum(float(price[one, other]) for one, other in zip(ring, [*ring[1:], ring[0]], strict=True))
+    return ring if total < -least else []
 
 
 def _exchange(cost: torch.Tensor, labels: torch.Tensor, groups: int) -> torch.Tensor:
