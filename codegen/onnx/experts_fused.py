@@ -37,7 +37,7 @@ def check_gates(context: Context, op: ExpertsOp) -> None:
     routing = route.routing
     if routing.weight_from is WeightFrom.SCORE and routing.score is Score.IDENTITY:
         raise NotFused("gates that are raw logits may be negative")
-    if routing.scale < 0 or route.score_override is not None:
+    if routing.scale < 0 or routing.offset < 0 or route.score_override is not None:
         raise NotFused("the gates may be negative")
     if route.per_expert_scale is not None:
         named = context.named_weight(route.per_expert_scale)

@@ -224,10 +224,15 @@ class _Route:
         return ids, values, None if keep is None else self._columns(keep, 0, self.slots)
 
     def _probable(self, ids: ir.Value) -> ir.Value:
-        """The shortest prefix of `ids` [T, E] whose scores reach p, at least k_min; all of an unsure row."""
+        """The prefix of `ids` [T, E] by p, with or without the expert that crosses it, at least k_min; all of an unsure
+        row."""
         b, op = self.b, self.op
-        before = b.op("CumSum", b.op("GatherElements", self.s, ids, axis=1), b.integer(1), exclusive=1)
-        keep = b.op("Or", b.op("Less", before, b.number(op.p)), b.constant(np.arange(self.experts)[None] < op.k_min))
+        scores = b.op("GatherElements", self.s, ids, axis=1)
+        if op.take_crossing:
+            keep = b.op("Less", b.op("CumSum", scores, b.integer(1), exclusive=1), b.number(op.p))
+        else:
+            keep = b.op("LessOrEqual", b.op("CumSum", scores, b.integer(1)), b.number(op.p))
+        keep = b.op("Or", keep, b.constant(np.arange(self.experts)[None] < op.k_min))
         if op.select is Select.ENTROPY:
             keep = b.op("Or", keep, b.op("Greater", self._entropy(), b.number(op.entropy_threshold)))
         return keep
@@ -319,6 +324,10 @@ class _Route:
             gates = b.op("Mul", gates, b.op("Gather", scale, ids, axis=0))
         if op.scale != 1.0:
             gates = b.op("Mul", gates, b.number(op.scale))
+        if op.offset:
+            gates = b.op("Add", gates, b.number(op.offset))
+            if keep is not None:
+                gates = b.op("Where", keep, gates, b.number(0.0))
         if keep is not None:
             ids = b.op("Where", keep, ids, b.integer(0))
             if op.null_experts or self.has_holes:

@@ -88,6 +88,8 @@ def describe_routing(routing: Routing) -> str:
         words.append("renormalised")
     if routing.scale != 1.0:
         words.append(f"scaled by {routing.scale:g}")
+    if routing.offset:
+        words.append(f"plus {routing.offset:g}")
     return ", ".join(words)
 
 

@@ -110,12 +110,11 @@ class Routing:
     `group_fill`. 9 select by c descending, ties to the lower index.  10 gates `weight_from`.  11 the last
     `null_experts` columns
     give no expert. 12 normalise: gates / (sum + norm_eps), or / max(sum, norm_min).  13 gates *= per_expert_scale *
-    scale.
+    scale, then += offset in the slots that are used.
 
     Selection: `topk` takes ranks rank_offset .. rank_offset + k; `per_group_topk` k / groups in every group; `topp`
-    the shortest prefix whose scores reach p, within k_min .. k_max; `entropy` the same, but all experts where the
-    Tsallis entropy of order
-    entropy_q is above entropy_threshold; `threshold` c > p; `all`; `forced` the ids of an operand (-1 is an empty
+    the shortest prefix whose scores reach p, within k_min .. k_max (without `take_crossing` the longest one whose
+    scores do not exceed p); `entropy` the same, but all experts where the Tsallis entropy of order entropy_q is above entropy_threshold; `threshold` c > p; `all`; `forced` the ids of an operand (-1 is an empty
     slot); `sparsemixer`
     top-2 as in PhiMoE with
     `jitter_eps`, evaluation semantics. `skip_ratio` b drops ranks >= 1 with s < b * s of rank 0.
@@ -137,6 +136,7 @@ class Routing:
     k_max: int = 0
     rank_offset: int = 0
     p: float = 0.0
+    take_crossing: bool = True
     entropy_q: float = 1.0
     entropy_threshold: float = 0.0
     skip_ratio: float = 0.0
@@ -148,6 +148,7 @@ class Routing:
     norm_eps: float = 0.0
     norm_min: float = 0.0
     scale: float = 1.0
+    offset: float = 0.0
 
     @property
     def limits_groups(self) -> bool:
@@ -195,6 +196,7 @@ class Routing:
             self.softcap,
             self.temperature,
             self.scale,
+            self.offset,
             self.norm_eps,
             self.norm_min,
             self.skip_ratio,

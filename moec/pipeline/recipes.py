@@ -246,7 +246,10 @@ def _read(text: str, where: str) -> Recipe:
             f"the recipe is for {model!r} models", where=where, hint="model is one of dense, moe and any"
         )
     return Recipe(
-        *(str(found[name]).strip() for name in _REQUIRED),
+        str(found["name"]).strip(),
+        str(found["summary"]).strip(),
+        str(found["source"]).strip(),
+        str(found["pipeline"]).strip(),
         model=ModelKind(model),
         budget=str(found.get("budget") or "").strip(),
         parameters={name: _plain(value) for name, value in parameters.items()},

@@ -101,7 +101,7 @@ def route(inputs: RouteInputs, routing: Routing) -> tuple[torch.Tensor, torch.Te
     ids, gates, kept = ids.gather(1, order), gates.gather(1, order), kept.gather(1, order)
     if inputs.per_expert_scale is not None:
         gates = gates * inputs.per_expert_scale.to(gates.dtype)[ids]
-    gates = torch.where(kept, gates * routing.scale, 0.0)
+    gates = torch.where(kept, gates * routing.scale + routing.offset, 0.0)
     return torch.where(kept, ids, 0), gates, kept.sum(1)
 
 
@@ -195,7 +195,9 @@ def _select(scored: Scores, inputs: RouteInputs, routing: Routing) -> tuple[torc
             grouped = choice.reshape(tokens, routing.groups, -1)
             chosen = (_ranks(grouped) < routing.k // routing.groups).reshape(choice.shape).gather(1, order)
         case Select.TOPP | Select.ENTROPY:
-            chosen = (ranked.cumsum(-1) - ranked < routing.p) | (position < routing.k_min)
+            reached = ranked.cumsum(-1)
+            within = reached - ranked < routing.p if routing.take_crossing else reached <= routing.p
+            chosen = within | (position < routing.k_min)
             if routing.select is Select.ENTROPY:
                 uncertain = _entropy(scored.scores.detach(), routing.entropy_q) > routing.entropy_threshold
                 chosen = chosen | uncertain[:, None]

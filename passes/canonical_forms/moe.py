@@ -88,7 +88,7 @@ def reset_idle_stages(op: RouteOp, rewriter: Rewriter) -> bool:
     if routing.normalize is Normalize.NONE:
         idle += ["norm_over", "norm_eps", "norm_min"]
     if routing.select not in (Select.TOPP, Select.ENTROPY):
-        idle.append("k_min")
+        idle += ["k_min", "take_crossing"]
     if routing.select not in (Select.TOPP, Select.ENTROPY, Select.THRESHOLD):
         idle.append("p")
     if routing.select is not Select.ENTROPY:

@@ -67,7 +67,7 @@ def plain_route(inputs: TokenInputs, routing: Routing) -> list[tuple[int, float]
         total = max(total, routing.norm_min) if routing.norm_min else total + routing.norm_eps
         gates = {e: gate / total if total else gate for e, gate in gates.items()}
     scale = inputs.per_expert_scale or [1.0] * len(experts)
-    return [(e, gates[e] * scale[e] * routing.scale) for e in real]
+    return [(e, gates[e] * scale[e] * routing.scale + routing.offset) for e in real]
 
 
 def _logits(inputs: TokenInputs, routing: Routing) -> list[float]:
@@ -140,7 +140,8 @@ def _chosen(c: list[float], s: list[float], inputs: TokenInputs, routing: Routin
     elif routing.select in (Select.TOPP, Select.ENTROPY):
         chosen, before = [], 0.0
         for rank, e in enumerate(order):
-            if before < routing.p or rank < routing.k_min:
+            within = before < routing.p if routing.take_crossing else before + s[e] <= routing.p
+            if within or rank < routing.k_min:
                 chosen.append(e)
             before += s[e]
         if routing.select is Select.ENTROPY and _entropy(s, routing.entropy_q) > routing.entropy_threshold:

@@ -53,6 +53,7 @@ def routings(draw: st.DrawFn) -> Routing:
         k_max=0 if select is not Select.TOPP else draw(st.sampled_from([0, 4])),
         rank_offset=draw(st.sampled_from([0, 1])) if select is Select.TOPK else 0,
         p=draw(st.sampled_from([0.3, 0.7, 1.0])) if select in (Select.TOPP, Select.ENTROPY, Select.THRESHOLD) else 0.0,
+        take_crossing=draw(st.booleans()),
         entropy_q=draw(st.sampled_from([1.0, 1.1])),
         entropy_threshold=draw(st.sampled_from([0.5, 2.0])),
         skip_ratio=draw(st.sampled_from([0.0, 0.5])),
@@ -63,6 +64,7 @@ def routings(draw: st.DrawFn) -> Routing:
         norm_eps=draw(st.sampled_from([0.0, 0.1])),
         norm_min=draw(st.sampled_from([0.0, 0.8])),
         scale=draw(st.sampled_from([1.0, 2.5])),
+        offset=draw(st.sampled_from([0.0, 0.5])),
     )
     assume(routing.problem(EXPERTS) is None)
     return routing
@@ -125,7 +127,7 @@ def test_equals_plain_python_and_keeps_invariants(routing: Routing, seed: int, o
 def test_normalised_gates_sum_to_the_scale(routing: Routing, seed: int) -> None:
     """R4."""
     assume(routing.weight_from is not WeightFrom.SCORE or routing.score in (Score.SOFTMAX, Score.SIGMOID))
-    routing = replace(routing, normalize=Normalize.SUM, norm_eps=0.0, norm_min=0.0, null_experts=0)
+    routing = replace(routing, normalize=Normalize.SUM, norm_eps=0.0, norm_min=0.0, null_experts=0, offset=0.0)
     routing = replace(routing, norm_over=NormOver.SELECTED)
     assume(routing.problem(EXPERTS) is None)
     _, gates, count = route(make_inputs(routing, seed, frozenset()), routing)

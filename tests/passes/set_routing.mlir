@@ -1,10 +1,18 @@
 // A route of its own, two of eight experts: the number changes, nothing else does.
 // RUN: moec opt %s -p 'set-routing{k=3 combine=one scale=constant factor=1.5}' | filecheck %s
 // RUN: not moec opt %s -p 'set-routing{k=9}' 2>&1 | filecheck %s --check-prefix=MANY
+// RUN: moec opt %s -p 'set-routing{select=top-p p=0.5 k_min=2 crossing=false combine=one-plus u=0.25}' | filecheck %s --check-prefix=TOPP
+// RUN: moec opt %s -p 'set-routing{select=entropy}' | filecheck %s --check-prefix=ENTROPY
+// RUN: not moec opt %s -p 'set-routing{k=2 scope=sequence}' 2>&1 | filecheck %s --check-prefix=SEQUENCE
 // RUN: not moec opt %s -p 'set-routing{k=-1}' 2>&1 | filecheck %s --check-prefix=NEGATIVE
 
 // MANY: 9 experts cannot be chosen among 8
 // NEGATIVE: k must not be negative
+// SEQUENCE: the model has no input input_ids
+// TOPP: "moe.route"
+// TOPP-SAME: select = #moe.select<topp>, k_min = 2, p = 0.5, take_crossing = false, scale = 0.25, offset = 1.0>
+// TOPP-SAME: [batch * seq, 8], i64
+// ENTROPY: select = #moe.select<entropy>, p = 0.75, entropy_q = 1.1, entropy_threshold = 1.68
 // CHECK: "moe.route"
 // CHECK-SAME: k = 3
 // CHECK-SAME: weight_from = #moe.weight_from<one>, scale = 1.5>

@@ -1,0 +1,1 @@
+"""Parts of `set-routing` and of the passes that train routers."""
