@@ -114,10 +114,10 @@ class Routing:
 
     Selection: `topk` takes ranks rank_offset .. rank_offset + k; `per_group_topk` k / groups in every group; `topp`
     the shortest prefix whose scores reach p, within k_min .. k_max (without `take_crossing` the longest one whose
-    scores do not exceed p); `entropy` the same, but all experts where the Tsallis entropy of order entropy_q is above entropy_threshold; `threshold` c > p; `all`; `forced` the ids of an operand (-1 is an empty
-    slot); `sparsemixer`
-    top-2 as in PhiMoE with
-    `jitter_eps`, evaluation semantics. `skip_ratio` b drops ranks >= 1 with s < b * s of rank 0.
+    scores do not exceed p); `entropy` the same, but all experts where the Tsallis entropy of order entropy_q is above
+    entropy_threshold; `threshold` c > p; `all`; `forced` the ids of an operand (-1 is an empty slot); `sparsemixer`
+    top-2 as in PhiMoE with `jitter_eps`, evaluation semantics. `skip_ratio` b drops ranks >= 1 with s < b * s of rank
+    0.
     `k_max` 0 means: k for `topk`, `per_group_topk` and `sparsemixer`, the number of experts otherwise.
     """
 
