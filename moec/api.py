@@ -43,16 +43,18 @@ def load(
     dynamic: DynamicSizes | None = None,
     experts: Sequence[ExpertsAdapter] = (),
     result_names: Sequence[str] = (),
+    others: Sequence[str | Path] = (),
 ) -> Module:
     """The IR of a Hugging Face folder, or of a torch module with example inputs; no weight of a folder is read.
 
-    The other arguments are for torch modules: `moec.frontend.torch_export.load_torch` explains them. Raises UsageError,
+    `others` are folders of models of the same shape and tokens. The other arguments are for torch modules:
+    `moec.frontend.torch_export.load_torch` explains them. Raises UsageError,
     UnsupportedModelError or UnsafeInputError as the frontends do.
     """
     if isinstance(source, str | Path):
         from moec.frontend.huggingface import load_huggingface
 
-        return load_huggingface(source)
+        return load_huggingface(source, others=others)
     from moec.frontend.torch_export import load_torch
 
     return load_torch(source, example_inputs, dynamic=dynamic, experts=experts, result_names=result_names)
@@ -74,6 +76,7 @@ def compile(
     store: str | Path | None = None,
     recipe: str | Path = "",
     budget: str = "",
+    others: Sequence[str | Path] = (),
     calibration: str | Path | None = None,
     emit: Sequence[str] = ("onnx",),
     uniform: bool = False,
@@ -81,7 +84,8 @@ def compile(
     shard_bytes: int = SHARD_BYTES,
     replace: bool = False,
 ) -> CompileResult:
-    """Compiles a Hugging Face folder into the artifact folder `output`; the options are those of `moec compile`.
+    """Compiles a Hugging Face folder into the artifact folder `output`; the options are those of `moec compile`, where
+    `others` is `--with`.
 
     Raises the subclasses of MoecError, and ValueError for a value that an option does not have.
     """
@@ -100,6 +104,7 @@ def compile(
         store=default_store() if store is None else Path(store),
         recipe=str(recipe),
         budget=budget,
+        others=tuple(Path(other) for other in others),
         calibration=None if calibration is None else Path(calibration),
         emit=tuple(sorted({Backend(name) for name in emit}, key=list(Backend).index)),
         checkpoint=CheckpointOptions(uniform, CheckpointDType(checkpoint_dtype), shard_bytes),

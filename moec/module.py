@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from moec.budget.plan import BudgetPlan
     from moec.calibration.calibration import Calibration
+    from moec.frontend.other_sources import OtherSource
     from moec.weights.context import WeightContext
 
 
@@ -40,7 +41,8 @@ class SourceFacts:
 class Module:
     """`op` is the IR (passes change it in place), `weights` loads what its weight expressions name.
 
-    `calibration` is what the pass `calibrate` found and `plan` what `solve-budget` decided, None before them.
+    `calibration` is what the pass `calibrate` found and `plan` what `solve-budget` decided, None before them. `others`
+    are the models beside this one whose weights `weights` loads, too.
     """
 
     op: ModuleOp
@@ -48,6 +50,7 @@ class Module:
     source: SourceFacts
     calibration: Calibration | None = None
     plan: BudgetPlan | None = None
+    others: tuple[OtherSource, ...] = ()
 
     @property
     def main(self) -> FuncOp:

@@ -20,9 +20,11 @@ from moec.experts import (
     replace_routing,
 )
 from moec.experts.dense import DenseLayer
+from moec.frontend.other_sources import OtherSource
 from moec.ir import Operation
 from moec.passes.neuron_pruning.slicing import slicing_problem
 from moec.passes.upcycling.copies import drawn_neurons, shards, ternary, with_new_neurons, with_noise
+from moec.passes.upcycling.sources import average_weights, load_dense_of
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
 
@@ -48,6 +50,21 @@ class Shared(Enum):
     SEED = "seed"  # the block itself
 
 
+class Sources(Enum):
+    """Whose blocks become experts."""
+
+    SELF = "self"  # copies of the model's own
+    ALL = "all"  # one of every model, the first one included
+    OTHERS = "others"  # one of every model but the first
+
+
+class Rest(Enum):
+    """What the weights outside of experts are."""
+
+    FIRST = "first"  # those of the first model
+    AVERAGE = "average"  # the mean over the models that give experts
+
+
 class Gates(Enum):
     """What the outputs of the chosen experts are multiplied with."""
 
@@ -58,7 +75,7 @@ class Gates(Enum):
 @register_pass("upcycle")
 @dataclass(frozen=True)
 class Upcycle(Pass):
-    """Makes every dense feed-forward block a layer of experts that are copies of it.
+    """Makes every dense feed-forward block a layer of whole experts: copies of it, or one of each of several models.
 
     1. Each block becomes `experts` copies, or with `granularity` G that many copies of G shards each. Plain copies stay
        the bytes of the source: nothing is written for them.
@@ -68,14 +85,20 @@ class Upcycle(Pass):
     3. `perturb` makes copies differ, `kind=ternary` makes them cheap, `shared=seed` keeps the block beside them and
        `scale` multiplies what is routed. The factor is the route's, never one of gate's rows, which are not linear.
 
+    4. With `sources=all` expert i is the block of model i (`--with`), bit by bit, and with `rest=average` every other
+       weight is the mean over the models, taken in float32 and rounded once.
+
     The claim is exact for plain copies whose gates add up to one, and lossy for everything else. Sparse Upcycling
     (Komatsuzaki et al. 2022), Drop-Upcycling (Nakamura et al. 2025), virtual groups (He et al. 2024, with their factor
-    moved off gate), MoTE, Dynamic-DINO.
+    moved off gate), Branch-Train-MiX (Sukhbaatar et al. 2024), MoTE, Dynamic-DINO.
     """
 
     claim: ClassVar[Claim] = Claim.LOSSY
     blocks = Statistic("dense blocks that became layers of experts")
-    experts: int = option("copies of each block", 8)
+    averaged = Statistic("weights that are averages over models")
+    experts: int = option("copies of each block; 0: eight, or one of every source", 0)
+    sources: Sources = option("whose blocks become experts", Sources.SELF)
+    rest: Rest = option("what weights outside of experts are", Rest.FIRST)
     granularity: int = option("shards that each copy is cut into", 1)
     k: int = option("experts for each token; 0: two, or all shards of one copy", 0)
     gates: Gates = option("what outputs are multiplied with", Gates.SOFTMAX)
@@ -91,9 +114,15 @@ class Upcycle(Pass):
     deviation: float = option("standard deviation of the router's weights", 0.02)
 
     def __post_init__(self) -> None:
-        for name in ("experts", "granularity", "every"):
+        for name in ("granularity", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.experts < 0:
+            raise ValueError("experts must not be negative")
+        if self.sources is Sources.SELF and self.rest is Rest.AVERAGE:
+            raise ValueError("rest=average needs sources=all or sources=others")
+        if self.sources is not Sources.SELF and self.experts:
+            raise ValueError("of several sources each gives one expert, so experts cannot be chosen")
         if self.k < 0 or self.noise < 0 or not 0 <= self.ratio <= 1:
             raise ValueError("k and noise must not be negative, ratio must be within 0..1")
         if self.deviation <= 0:
@@ -104,30 +133,47 @@ class Upcycle(Pass):
             raise ValueError(
                 f"k = {self.k} is no multiple of granularity {self.granularity}: parts of a copy would be chosen"
             )
-        if self.k > self.experts * self.granularity:
-            raise ValueError(f"{self.k} experts cannot be chosen among {self.experts * self.granularity}")
+        if self.sources is Sources.SELF:
+            self._require_enough(self._copies * self.granularity)
         if self.every > 1 and self.layers:
             raise ValueError("every and layers exclude each other")
 
     def promise(self) -> Claim:
+        if self.sources is not Sources.SELF:
+            return Claim.LOSSY
         if self.shared is Shared.SEED:
             return Claim.EXACT if self.scale == 0 else Claim.LOSSY
         changed = self.kind is not Kind.COPY or (self.perturb is not Perturbation.NONE and self.ratio > 0)
-        adds_up = self.gates is Gates.SOFTMAX or self._choices == self._outputs
+        adds_up = self.gates is Gates.SOFTMAX or self._choices(self._copies) == self._copies * self.granularity
         return Claim.EXACT if adds_up and not changed and self.scale == 1 else Claim.LOSSY
 
     @property
-    def _outputs(self) -> int:
-        return self.experts * self.granularity
+    def _copies(self) -> int:
+        """Experts of each block where there is one source."""
+        return self.experts or 8
 
-    @property
-    def _choices(self) -> int:
-        return self.k or (self.granularity if self.granularity > 1 else min(2, self.experts))
+    def _choices(self, experts: int) -> int:
+        """Router outputs for each token, of `experts` whole experts."""
+        return self.k or (self.granularity if self.granularity > 1 else min(2, experts))
+
+    def _require_enough(self, outputs: int) -> None:
+        if self.k > outputs:
+            raise ValueError(f"{self.k} experts cannot be chosen among {outputs}")
 
     def run(self, op: Operation, context: PassContext) -> None:
         weights = context.require_weights()
-        blocks = [layer for layer in find_dense_layers(op) if not layer.is_beside_experts]
-        for layer in self._chosen(blocks):
+        chosen = self._chosen([layer for layer in find_dense_layers(op) if not layer.is_beside_experts])
+        sources: list[OtherSource | None] = [None] * self._copies
+        if self.sources is not Sources.SELF:
+            others = context.require_others()
+            sources = [None, *others] if self.sources is Sources.ALL else list(others)
+            if self.k > len(sources) * self.granularity:
+                raise UsageError(f"{self.k} experts cannot be chosen among {len(sources) * self.granularity}")
+        if self.rest is Rest.AVERAGE:
+            inside = {value.defining_op for layer in chosen for value in layer.op.weights}
+            left = {weight for weight in inside if weight is not None}
+            context.count(self.averaged, average_weights(op, weights, sources, left))
+        for layer in chosen:
             try:
                 block = load_dense(layer, weights)
             except UnreadableExpertError as error:
@@ -144,14 +190,18 @@ class Upcycle(Pass):
                     hint="choose a granularity that divides them",
                 )
             generator = torch.Generator().manual_seed(context.seed * 1_000_003 + layer.index)
-            router = torch.randn(self.experts, layer.hidden_size, generator=generator) * self.deviation
-            copies = [self._copy(block, generator) for _ in range(self.experts)]
+            router = torch.randn(len(sources), layer.hidden_size, generator=generator) * self.deviation
+            blocks = [block if source is None else load_dense_of(layer, weights, source) for source in sources]
+            copies = [self._copy(item, generator) for item in blocks]
             experts = [shard for copy in copies for shard in shards(copy, self.granularity)]
             made = make_sparse(layer, weights, experts, block if self.shared is Shared.SEED else None)
             made = replace_router(made, weights, router.repeat_interleave(self.granularity, dim=0))
             weight_from = WeightFrom.SOFTMAX_SELECTED if self.gates is Gates.SOFTMAX else WeightFrom.SCORE
             routing = replace(
-                made.route.routing, k=self._choices, weight_from=weight_from, scale=self.granularity * self.scale
+                made.route.routing,
+                k=self._choices(len(sources)),
+                weight_from=weight_from,
+                scale=self.granularity * self.scale,
             )
             made = replace_routing(made, routing)
             if self.promise() is Claim.LOSSY and self.gates is Gates.SCORE:

@@ -104,7 +104,7 @@ def compile_folder(
         with step("predict"):
             predicted = plan_compilation(source, options).cost
         with step("load"):
-            module = load_huggingface(source, WeightStore(options.store))
+            module = load_huggingface(source, WeightStore(options.store), options.others)
             original = _copy(module)
             pipeline = Pipeline.parse(options.full_pipeline(kind, decoder=module.source.kind == "decoder"))
             before = model_size(module)
@@ -170,6 +170,7 @@ def compile_folder(
         actual = Cost(seconds=round(watch.seconds, 3), memory_bytes=memory.look(), disk_bytes=disk)
         measurements = Measurements(
             source=str(source.resolve()),
+            others=tuple(str(other.resolve()) for other in options.others),
             calibration="" if options.calibration is None else str(options.calibration.resolve()),
             machine=this_machine(),
             steps=tuple(watch.steps),
@@ -189,7 +190,7 @@ def _copy(module: Module) -> Module:
     """The module as it is now; passes change the original in place."""
     clone = module.op.clone()
     assert isinstance(clone, ModuleOp)
-    return Module(clone, module.weights, module.source)
+    return Module(clone, module.weights, module.source, others=module.others)
 
 
 def _manifest(
@@ -208,6 +209,7 @@ def _manifest(
             parameters=model_size(module).parameters,
             files=source_files(source),
         ),
+        others=tuple(source_files(other) for other in options.others),
         build=BuildRecord(
             pipeline=str(pipeline),
             emit=tuple(backend.value for backend in options.emit),

@@ -68,10 +68,11 @@ class VerificationRecord(Record):
 
 
 class Manifest(Record):
-    """The content of `moec.json`."""
+    """The content of `moec.json`. `others` are the files of the models beside the source, in their order."""
 
     schema_name: Literal["moec.artifact/1"] = Field(default=SCHEMA, alias="schema")
     source: SourceRecord
+    others: tuple[dict[str, FileRecord], ...] = ()
     build: BuildRecord
     versions: dict[str, str]
     ledger: tuple[LedgerEntry, ...]

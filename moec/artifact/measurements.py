@@ -90,6 +90,7 @@ class Measurements(Record):
     """The content of measurements.json."""
 
     source: str
+    others: tuple[str, ...] = ()
     calibration: str = ""
     machine: Machine
     steps: tuple[StepTime, ...]

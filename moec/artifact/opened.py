@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,24 @@ class Artifact:
             )
         return source
 
+    def other_folders(self, given: Sequence[Path] = ()) -> tuple[Path, ...]:
+        """`given`, else the folders of the models beside the source. Raises UsageError for another number of them, and
+        if one is not there."""
+        recorded = tuple(Path(other) for other in self.measurements.others)
+        if given and len(given) != len(recorded):
+            raise UsageError(
+                f"the artifact was compiled with {len(recorded)} models beside its source, not {len(given)}",
+                where=str(self.folder),
+            )
+        for other in given or recorded:
+            if not other.is_dir():
+                raise UsageError(
+                    "a model beside the source of the artifact is not there",
+                    where=str(other),
+                    hint="name all of them, each with --with FOLDER; `moec verify --files-only` needs none",
+                )
+        return tuple(given) or recorded
+
     def module(self, source: Module) -> Module:
         """The IR of the artifact, with weights loaded through `source`. Raises UnsafeInputError for malformed IR."""
         path = self.folder / MODULE_FILE
@@ -76,4 +95,4 @@ class Artifact:
         if not isinstance(op, ModuleOp):
             raise UnsafeInputError("the file does not hold a module", where=str(path))
         verify(op)
-        return Module(op, source.weights, source.source)
+        return Module(op, source.weights, source.source, others=source.others)

@@ -128,6 +128,9 @@ class CompileOptions:
     calibration: Path | None = None
     """Text or token ids for passes that calibrate; None takes texts that moec brings along."""
 
+    others: tuple[Path, ...] = ()
+    """Folders of further models of the same shape and tokens, for passes that join several."""
+
     emit: tuple[Backend, ...] = (Backend.ONNX,)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     """How the Hugging Face checkpoint is written, where there is one."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from moec.artifact.measurements import Cost
 from moec.artifact.options import COPIED_FILES, LEAN_BYTES, Check, CompileOptions
 from moec.frontend.model_kind import model_shape
+from moec.frontend.other_sources import require_equal_configs
 
 _MIB = 1 << 20
 _START_SECONDS = 5.0  # what the first trace of a process costs
@@ -40,11 +41,14 @@ def plan_compilation(source: Path, options: CompileOptions) -> Plan:
     """Predicts time, anonymous memory and disk of `moec compile` on a Hugging Face folder.
 
     Raises UsageError, UnsupportedModelError or UnsafeInputError as the frontend does for config.json, and UsageError
-    for a recipe that is not for such a model.
+    for a recipe that is not for such a model, or for models beside it that differ from it.
     """
     shape = model_shape(source)
     options.requested_pipeline(shape.kind)
-    count = shape.parameters
+    for other in options.others:
+        require_equal_configs(source, other)
+    # the result has at most the weights of all
+    count = shape.parameters * (1 + len(options.others))
     written = 0 if options.weights_in_place else count * options.dtype.itemsize
     companions = sum((source / name).stat().st_size for name in COPIED_FILES if (source / name).is_file())
     comparisons = int(options.check is not Check.NONE) + int(options.verify)
@@ -60,7 +64,7 @@ def plan_compilation(source: Path, options: CompileOptions) -> Plan:
         memory += written
     return Plan(
         architecture=shape.architecture,
-        parameters=count,
+        parameters=shape.parameters,
         layers=shape.layers,
         experts=shape.experts,
         largest=shape.largest,

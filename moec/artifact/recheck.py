@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moec.artifact.checkpoint import compare_checkpoint, differing_tensor, emit_checkpoint
@@ -34,6 +34,7 @@ def verify_folder(
     folder: Path,
     *,
     against: Path | None = None,
+    others: Sequence[Path] = (),
     text: Path | None = None,
     store: Path | None = None,
     progress: Callable[[str], None] = lambda step: None,
@@ -41,6 +42,7 @@ def verify_folder(
     """Checks digests, then the artifact against its IR and the IR against its source, on tokens.
 
     `against` is the source where it is not the folder that the artifact was compiled from; it must hold the same model.
+    `others` are all models beside it where they have moved.
     `store` has the tensors that passes computed.
     Raises VerificationError that names what differs, by layer and tensor where there is one, and UsageError,
     UnsafeInputError or UnsupportedModelError for inputs that cannot be read.
@@ -49,14 +51,14 @@ def verify_folder(
     progress("checking digests")
     damage = _failure(lambda: check_files(folder, artifact.manifest))
     try:
-        source = artifact.source_folder(against)
+        source, beside = artifact.source_folder(against), artifact.other_folders(others)
     except UsageError as error:
         # without the source nothing more can be found out, so damage goes first
         raise damage or error from None
     progress("loading the source")
-    original = load_huggingface(source, WeightStore(store or default_store()))
+    original = load_huggingface(source, WeightStore(store or default_store()), beside)
     module = artifact.module(original)
-    foreign = _foreign_file(artifact, source)
+    foreign = _foreign_file(artifact, source, beside)
     build = artifact.manifest.build
     pipeline = Pipeline.parse(build.pipeline)
     batch = verification_batch(original, text=text, seed=build.seed)
@@ -120,11 +122,15 @@ def _failure(check: Callable[[], None]) -> MoecError | None:
     return None
 
 
-def _foreign_file(artifact: Artifact, source: Path) -> str | None:
-    """The first file of the source that is not as it was at compile time."""
-    present = source_files(source)
-    recorded = artifact.manifest.source.files
-    return next((name for name in {**recorded, **present} if recorded.get(name) != present.get(name)), None)
+def _foreign_file(artifact: Artifact, source: Path, others: Sequence[Path]) -> str | None:
+    """The first file of the source, or of a model beside it, that is not as it was at compile time."""
+    manifest = artifact.manifest
+    for folder, recorded in zip((source, *others), (manifest.source.files, *manifest.others), strict=True):
+        present = source_files(folder)
+        for name in {**recorded, **present}:
+            if recorded.get(name) != present.get(name):
+                return name if folder is source else str(folder / name)
+    return None
 
 
 def _locate(artifact: Artifact, module: Module, original: Module, pipeline: Pipeline) -> Difference | None:

@@ -13,6 +13,12 @@ from moec.errors import UsageError
 
 SourceArgument = Annotated[Path, typer.Argument(metavar="SOURCE", help="Hugging Face model folder.")]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that `moec compile -o` wrote.")]
+OthersOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--with", metavar="SOURCE", help="A further model of the same shape and tokens; repeat it for several."
+    ),
+]
 PipelineOption = Annotated[str, typer.Option("--pipeline", help="Passes to run, as `a,b{option=value}`.")]
 RecipeOption = Annotated[
     str,

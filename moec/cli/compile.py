@@ -16,6 +16,7 @@ from moec.cli.common import (
     DTypeOption,
     EmitOption,
     OptimizeForOption,
+    OthersOption,
     PipelineOption,
     PluginsOption,
     RecipeOption,
@@ -36,6 +37,7 @@ from moec.cli.common import (
 def compile_command(
     source: SourceArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write; must not exist.")],
+    others: OthersOption = None,
     pipeline: PipelineOption = "",
     recipe: RecipeOption = "",
     budget: BudgetOption = "",
@@ -83,6 +85,7 @@ def compile_command(
         verify=verify,
         text=text,
         store=store or default_store(),
+        others=tuple(others or ()),
         emit=parse_emit(emit),
         checkpoint=checkpoint_options(uniform, checkpoint_dtype, shard_size),
     )

@@ -15,6 +15,7 @@ from moec.cli.common import (
     DTypeOption,
     JsonOption,
     OptimizeForOption,
+    OthersOption,
     PipelineOption,
     PluginsOption,
     RecipeOption,
@@ -29,6 +30,7 @@ from moec.cli.common import (
 
 def plan(
     source: SourceArgument,
+    others: OthersOption = None,
     pipeline: PipelineOption = "",
     recipe: RecipeOption = "",
     budget: BudgetOption = "",
@@ -58,6 +60,7 @@ def plan(
         check=check,
         seed=seed,
         weights_in_place=weights_in_place,
+        others=tuple(others or ()),
     )
     found = plan_compilation(source, options)
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moec.cli.common import ArtifactArgument, JsonOption, PluginsOption, StoreOption, load_plugins, table
+from moec.cli.common import ArtifactArgument, JsonOption, OthersOption, PluginsOption, StoreOption, load_plugins, table
 from moec.errors import UsageError
 
 
@@ -16,6 +16,7 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(metavar="SOURCE", help="The source, if it has moved since compilation.")
     ] = None,
+    others: OthersOption = None,
     text: Annotated[Path | None, typer.Option(help="Text to compare on, instead of a built-in passage.")] = None,
     store: StoreOption = None,
     files_only: Annotated[
@@ -42,7 +43,7 @@ def verify(
             typer.echo("not compared: artifact, IR and source on tokens (--files-only)")
         return
     with progress() as show:
-        rows = verify_folder(artifact, against=against, text=text, store=store, progress=show)
+        rows = verify_folder(artifact, against=against, others=others or (), text=text, store=store, progress=show)
     if as_json:
         typer.echo(json.dumps([row.model_dump() for row in rows], indent=2))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from moec.frontend.empty_model import build_empty_model
 from moec.frontend.graph_importer import ImportNames
 from moec.frontend.import_graph import ImportOptions, first_names, import_program
 from moec.frontend.model_config import CONFIG_FILE, read_config, resolve_model
+from moec.frontend.other_sources import join_sources
 from moec.frontend.trace import BATCH, MODEL_PREFIX, SEQUENCE, TracedModel, trace_model
 from moec.ir import symbol
 from moec.module import Module, SourceFacts
@@ -18,20 +20,22 @@ from moec.weights.context import WeightContext
 from moec.weights.store import WeightStore
 
 
-def load_huggingface(folder: str | Path, store: WeightStore | None = None) -> Module:
+def load_huggingface(folder: str | Path, store: WeightStore | None = None, others: Sequence[str | Path] = ()) -> Module:
     """Traces the model in `folder` and ties its parameters to the checkpoint's tensors; no weight is read.
 
-    `store`: where passes put the tensors that they compute. The function `main` maps `input_ids`, `attention_mask` and,
+    `store`: where passes put the tensors that they compute. `others`: folders of models of the same shape and tokens,
+    whose weights passes can ask for. The function `main` maps `input_ids`, `attention_mask` and,
     where the model reads them, `position_ids` or `token_type_ids`, all [batch, seq] int64, to `logits`
     [batch, seq, vocabulary] (decoders) or `last_hidden_state` [batch, seq, hidden] (encoders), in float32.
 
-    Raises UsageError, UnsupportedModelError or UnsafeInputError as `read_config`, `Checkpoint.open`, `map_checkpoint`
-    and `trace_model` do.
+    Raises UsageError, UnsupportedModelError or UnsafeInputError as `read_config`, `Checkpoint.open`, `map_checkpoint`,
+    `join_sources` and `trace_model` do.
     """
     folder = Path(folder)
     values = read_config(folder)
     where = str(folder / CONFIG_FILE)
     checkpoint = Checkpoint.open(folder)
+    joined, found = join_sources(folder, checkpoint, [Path(other) for other in others])
     source = resolve_model(_without_quantization(values), where)
     empty = build_empty_model(source)
     mapping = map_checkpoint(
@@ -54,7 +58,7 @@ def load_huggingface(folder: str | Path, store: WeightStore | None = None) -> Mo
         tensors_used=len(checkpoint) - len(unused),
         tensors_unused=unused,
     )
-    return Module(graph.module, WeightContext(checkpoint, store), facts)
+    return Module(graph.module, WeightContext(joined, store), facts, others=found)
 
 
 def import_options(traced: TracedModel, sources: dict[str, str]) -> ImportOptions:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from moec.calibration.calibration import Calibration
+    from moec.frontend.other_sources import OtherSource
     from moec.module import Module
     from moec.weights.context import WeightContext
 
@@ -125,6 +126,14 @@ class PassContext:
                 hint="name the model with --source, or run the pass through `moec compile`",
             )
         return self.weights
+
+    def require_others(self) -> tuple[OtherSource, ...]:
+        """The models beside the first one; raises UsageError where there are none."""
+        if self.module is None or not self.module.others:
+            raise UsageError(
+                "this pass joins several models, but there is only one", hint="name the others, each with --with FOLDER"
+            )
+        return self.module.others
 
     def require_calibration(self) -> Calibration:
         """What `calibrate` found; raises UsageError where it did not run."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -142,6 +143,49 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files. A later read opens them again."""
         self._files.close()
+
+
+class JoinedCheckpoint(Checkpoint):
+    """A checkpoint with others beside it, whose tensors go by `name_in_other`; all else is that of the first one."""
+
+    def __init__(self, first: Checkpoint, others: Sequence[Checkpoint]) -> None:
+        super().__init__(first.folder, first._headers)
+        self._others = tuple(others)
+
+    def __contains__(self, name: object) -> bool:
+        home = self._home(name)
+        return super().__contains__(name) if home is None else home[1] in home[0]
+
+    def location(self, name: str) -> TensorLocation:
+        """As `Checkpoint.location`, for tensors of the others too."""
+        home = self._home(name)
+        return super().location(name) if home is None else home[0].location(home[1])
+
+    def read(self, name: str, region: Region | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """As `Checkpoint.read`, for tensors of the others too."""
+        home = self._home(name)
+        return super().read(name, region, out) if home is None else home[0].read(home[1], region, out)
+
+    def close(self) -> None:
+        """Close the files of all. A later read opens them again."""
+        super().close()
+        for other in self._others:
+            other.close()
+
+    def _home(self, name: object) -> tuple[Checkpoint, str] | None:
+        """The other checkpoint that a name belongs to, and the tensor's name in it; None for the first one."""
+        found = _OTHER_NAME.fullmatch(name) if isinstance(name, str) else None
+        if found is None or not 1 <= int(found[1]) <= len(self._others):
+            return None
+        return self._others[int(found[1]) - 1], found[2]
+
+
+def name_in_other(number: int, name: str) -> str:
+    """The name of a tensor of the other checkpoint `number`, counted from 1, beside the first one's."""
+    return f"with.{number}/{name}"
+
+
+_OTHER_NAME = re.compile(r"with\.([1-9][0-9]{0,3})/(.+)", re.DOTALL)
 
 
 def row_regions(spec: TensorSpec, limit: int) -> Iterator[Region]:

@@ -1,11 +1,15 @@
-// RUN: not moec opt %s -p 'upcycle{experts=0}' 2>&1 | filecheck %s --check-prefix=NONE
+// RUN: not moec opt %s -p 'upcycle{experts=-1}' 2>&1 | filecheck %s --check-prefix=NONE
+// RUN: not moec opt %s -p 'upcycle{rest=average}' 2>&1 | filecheck %s --check-prefix=ONE
+// RUN: not moec opt %s -p 'upcycle{sources=all experts=4}' 2>&1 | filecheck %s --check-prefix=EACH
 // RUN: not moec opt %s -p 'upcycle{granularity=4 k=6}' 2>&1 | filecheck %s --check-prefix=PARTS
 // RUN: not moec opt %s -p 'upcycle{experts=2 k=3}' 2>&1 | filecheck %s --check-prefix=MANY
 // RUN: not moec opt %s -p 'upcycle{deviation=0}' 2>&1 | filecheck %s --check-prefix=TIES
 // RUN: not moec opt %s -p 'upcycle{every=2 layers=1}' 2>&1 | filecheck %s --check-prefix=BOTH
 // RUN: not moec opt %s -p upcycle 2>&1 | filecheck %s --check-prefix=ALONE
 
-// NONE: experts must be at least 1
+// NONE: experts must not be negative
+// ONE: rest=average needs sources=all or sources=others
+// EACH: each gives one expert, so experts cannot be chosen
 // PARTS: k = 6 is no multiple of granularity 4: parts of a copy would be chosen
 // MANY: 3 experts cannot be chosen among 2
 // TIES: a router of zeros cannot tell groups apart
