@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertClass, ExpertsOp
+from moec.dialects.nn import MLPOp
+from moec.dialects.quant import DequantOp
 from moec.ir import Operation, Region, TensorType, Value
 from moec.weights.expression import Cast, Expression, Slice
 from moec.weights.expression_parser import parse_expression
@@ -23,7 +26,8 @@ class WeightUse:
     """One distinct weight; of a stack of experts, that of one expert.
 
     `op` is the first operation that names it, `expression` what it is, without casts. `elements` and `bytes` are those
-    of the weight as it is stored; what is joined of several tensors counts as those. One token reads the share `read`
+    of the weight as it is stored; what is joined of several tensors counts as those. The codes of a packed matrix have
+    its elements, its scales and tables have none. One token reads the share `read`
     of it on average, if the router prefers no expert, and multiplies it `products` times (0 for what is only added,
     scaled or looked up).
     """
@@ -69,15 +73,18 @@ def _together(known: WeightUse, again: WeightUse) -> WeightUse:
 
 def _uses_of(module: Module, op: WeightOp) -> Iterator[WeightUse]:
     whole = without_cast(parse_expression(op.source))
-    itemsize = module.weights.shape_dtype(whole)[1].itemsize
     shape = _shape(op.value)
+    itemsize = module.weights.shape_dtype(whole)[1].itemsize
     elements = math.prod(shape)
+    density = _density(op)
     stacked: ExpertsOp | None = None
     read = products = 0.0
     for user in dict.fromkeys(op.value.users):
         if not isinstance(user, ExpertsOp):
             read = 1.0
-            products += len(shape) >= 2 and not user.name.startswith("aten.embedding.")
+            readers = user.results[0].users if isinstance(user, DequantOp) else [user]
+            if len(shape) >= 2 or density > 1:
+                products += sum(not reader.name.startswith("aten.embedding.") for reader in readers)
             continue
         for group, weights, region in user.class_operands():
             if op.value in weights[: group.stacks]:
@@ -90,14 +97,38 @@ def _uses_of(module: Module, op: WeightOp) -> Iterator[WeightUse]:
                     if len(shape) >= 2:
                         products += min(slots, 1.0) if _reads_tokens_only(region, argument) else slots
     if stacked is None:
-        yield WeightUse(op, whole, elements, elements * itemsize, read, products)
+        yield WeightUse(op, whole, round(elements * density), elements * itemsize, read, products)
         return
     for row, slots in enumerate(_slots_by_row(op)):
         parts = joined_parts(simplified(row_of(whole, row, module.weights), module.weights))
-        multiplied = slots if len(shape) >= 3 else 0.0
+        multiplied = slots if len(shape) >= 3 or density > 1 else 0.0
         for part in parts:
             each = elements // shape[0] if len(parts) == 1 else math.prod(module.weights.shape_dtype(part)[0])
-            yield WeightUse(op, part, each, each * itemsize, min(slots, 1.0), multiplied)
+            yield WeightUse(op, part, round(each * density), each * itemsize, min(slots, 1.0), multiplied)
+
+
+def _density(op: WeightOp) -> Fraction:
+    """Weights per stored element: 1, or those of a packed matrix for its codes and 0 for its other parts."""
+    for value in _names_of(op.value):
+        for user in value.users:
+            if isinstance(user, DequantOp):
+                stands_for = math.prod(_shape(user.weight)) if user.codes is value else 0
+                return Fraction(stands_for, math.prod(_shape(value)))
+    return Fraction(1)
+
+
+def _names_of(value: Value) -> Iterator[Value]:
+    """A weight, and what the bodies that read it call it."""
+    yield value
+    for user in value.users:
+        bodies: list[tuple[Sequence[Value], Region]] = []
+        if isinstance(user, ExpertsOp):
+            bodies += [(weights, region) for _, weights, region in user.class_operands()]
+        elif isinstance(user, MLPOp):
+            bodies.append((user.weights, user.regions[0]))
+        for weights, region in bodies:
+            arguments = zip(weights, region.block.arguments[1:], strict=True)
+            yield from (argument for weight, argument in arguments if weight is value)
 
 
 def _slots_by_row(op: WeightOp) -> list[float]:

@@ -27,6 +27,7 @@ from moec.experts.expert import (
     Matrix,
     PartlyLowRank,
     Projection,
+    Quantized,
 )
 from moec.experts.layer import MoeLayer, find_moe_layers, find_unreadable
 from moec.experts.reading import UnreadableExpertError, load_expert
@@ -47,6 +48,7 @@ __all__ = [
     "MoeLayer",
     "PartlyLowRank",
     "Projection",
+    "Quantized",
     "UnreadableExpertError",
     "alias_experts",
     "find_dense_layers",

@@ -61,9 +61,9 @@ def share_experts(
             layer.route.ids,
             layer.route.gates,
             [
-                new_weight(layer, name, source, shape)
+                new_weight(layer, name, source, kind.static_shape, kind.dtype)
                 for cell in mine
-                for name, source, shape in zip(cell.names, cell.sources, cell.shapes, strict=True)
+                for name, source, kind in zip(cell.names, cell.sources, cell.kinds, strict=True)
             ],
             regions=[copy_region(cell.region) for cell in mine],
             stored=tuple(stored[place]),
@@ -95,7 +95,7 @@ class _Cell:
     shared: int
     names: tuple[str, ...]
     sources: tuple[Expression, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    kinds: tuple[TensorType, ...]
 
 
 def _cells(group: Sequence[MoeLayer], used: Sequence[Sequence[BankExpert]]) -> list[_Cell]:
@@ -114,20 +114,20 @@ def _cells(group: Sequence[MoeLayer], used: Sequence[Sequence[BankExpert]]) -> l
                     for position, stack in enumerate(stacks)
                 ]
                 members = tuple(BankExpert(home, kind.experts[row]) for row in rows)
-                names, sources, shapes = zip(*parts, strict=True) if parts else ((), (), ())
-                cells.append(_Cell(members, users, region, kind.shared, names, sources, shapes))
+                names, sources, kinds = zip(*parts, strict=True) if parts else ((), (), ())
+                cells.append(_Cell(members, users, region, kind.shared, names, sources, kinds))
     return cells
 
 
-def _part(layer: MoeLayer, stack: Value, rows: Sequence[int] | None) -> tuple[str, Expression, tuple[int, ...]]:
-    """(name, source, shape) of some rows of a stack, or of all of a shared operand."""
+def _part(layer: MoeLayer, stack: Value, rows: Sequence[int] | None) -> tuple[str, Expression, TensorType]:
+    """(name, source, type) of some rows of a stack, or of all of a shared operand."""
     weight = stack.defining_op
     if not isinstance(weight, WeightOp):
         raise EditError("a stack of expert weights is computed", where=layer.name)
-    source, shape = parse_expression(weight.source), static_shape_of(stack)
+    source, shape, dtype = parse_expression(weight.source), static_shape_of(stack), tensor_of(stack).dtype
     if rows is None:
-        return weight.weight_name, source, shape
-    return weight.weight_name, rows_of(source, rows, shape[0]), (len(rows), *shape[1:])
+        return weight.weight_name, source, tensor_of(stack)
+    return weight.weight_name, rows_of(source, rows, shape[0]), TensorType((len(rows), *shape[1:]), dtype)
 
 
 def growth_problem(layer: MoeLayer) -> str:

@@ -14,6 +14,7 @@ import torch
 from moec.dialects import aten
 from moec.dialects.moe import YieldOp
 from moec.dialects.nn import TOKENS
+from moec.dialects.quant import DequantOp
 from moec.experts.expert import (
     Affine,
     Constant,
@@ -23,17 +24,26 @@ from moec.experts.expert import (
     Matrix,
     PartlyLowRank,
     Projection,
+    Quantized,
 )
 from moec.ir import Block, DType, Region, TensorType, Value
+from moec.quantization.packed import OPERANDS
+from moec.reference.element_types import ir_type
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that the body reads. `name` says what it is: `gate`, `down.left`, `up.bias`."""
+    """A tensor that the body reads. `name` says what it is: `gate`, `down.left`, `up.bias`, `up.codes`."""
 
     name: str
     tensor: torch.Tensor
     shared: bool = False
+    packed: bool = False
+
+    @property
+    def dtype(self) -> DType:
+        """The element type that it is stored in: its own where it is a part of a packed matrix, else float32."""
+        return ir_type(self.tensor.dtype) if self.packed else DType.F32
 
 
 def operands_of(expert: Expert) -> tuple[Operand, ...]:
@@ -48,15 +58,25 @@ def operands_of(expert: Expert) -> tuple[Operand, ...]:
 
 def body_key(expert: Expert) -> tuple[object, ...]:
     """Comparable values that are equal for experts with the same body and the same sizes of all operands."""
-    operands = tuple((item.name, tuple(item.tensor.shape), item.shared) for item in operands_of(expert))
-    activation = expert.activation if isinstance(expert, FeedForward) else None
-    return (type(expert).__name__, activation, operands)
+    operands = tuple((item.name, tuple(item.tensor.shape), item.dtype, item.shared) for item in operands_of(expert))
+    if not isinstance(expert, FeedForward):
+        return (type(expert).__name__, operands)
+    return (type(expert).__name__, expert.activation, _formats(expert), operands)
+
+
+def _formats(expert: FeedForward) -> tuple[object, ...]:
+    """What operands do not say of packed matrices."""
+    matrices = [projection.matrix for _, projection in _projections(expert)]
+    return tuple(
+        (item.packed.format, item.packed.columns) if isinstance(item, Quantized) else None for item in matrices
+    )
 
 
 def build_body(expert: Expert, hidden_size: int) -> Region:
     """The region that computes experts of this kind and these sizes on [tokens, hidden_size]."""
     operands = operands_of(expert)
-    block = Block([_f32(TOKENS, hidden_size), *[_f32(*item.tensor.shape) for item in operands]])
+    kinds = [TensorType(tuple(item.tensor.shape), item.dtype) for item in operands]
+    block = Block([_f32(TOKENS, hidden_size), *kinds])
     rows = block.arguments[0]
     given = {item.name: argument for item, argument in zip(operands, block.arguments[1:], strict=True)}
     if isinstance(expert, Constant):
@@ -94,6 +114,11 @@ def _matrix_operands(name: str, matrix: Matrix) -> list[Operand]:
     if isinstance(matrix, PartlyLowRank):
         # the name says which axis the parts share
         return [Operand(f"{name}.{_PARTS[matrix.axis]}", matrix.whole), *_matrix_operands(name, matrix.rest)]
+    if isinstance(matrix, Quantized):
+        return [
+            Operand(f"{name}.{part}", tensor, part == "table" and matrix.table_is_shared, packed=True)
+            for part, tensor in matrix.packed.tensors().items()
+        ]
     found = [
         Operand(f"{name}.right", matrix.right, matrix.right_is_shared),
         Operand(f"{name}.left", matrix.left, matrix.left_is_shared),
@@ -113,6 +138,12 @@ def _project(block: Block, rows: Value, name: str, projection: Projection, given
         return _linear(block, rows, given[name], bias)
     if isinstance(matrix, PartlyLowRank):
         return _project_parts(block, rows, name, matrix, bias, given)
+    if isinstance(matrix, Quantized):
+        kind = matrix.packed
+        parts = [given.get(f"{name}.{part}") for part in OPERANDS]
+        weight = DequantOp(*parts, format=kind.format, columns=kind.columns)
+        block.append(weight)
+        return _linear(block, rows, weight.weight, bias)
     result = _linear(block, _linear(block, rows, given[f"{name}.right"], None), given[f"{name}.left"], bias)
     if matrix.base is None:
         return result

@@ -191,7 +191,7 @@ class _Draft:
     key: object
     region: Region
     names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    kinds: tuple[TensorType, ...]
     shared: int
     protected: bool
     sources: tuple[Expression | _Row, ...] = ()
@@ -203,11 +203,14 @@ class _Draft:
         """A stored expert as it is."""
         for number, (group, stacks, region) in enumerate(layer.experts.class_operands()):
             if expert in group.experts:
-                shapes = [static_shape_of(stack)[position < group.stacks :] for position, stack in enumerate(stacks)]
+                kinds = [
+                    TensorType(static_shape_of(stack)[position < group.stacks :], tensor_of(stack).dtype)
+                    for position, stack in enumerate(stacks)
+                ]
                 key = ("old", number)
                 protected = expert in layer.protected
                 row = group.experts.index(expert)
-                return _Draft(key, region, (), tuple(shapes), group.shared, protected, old=stacks, row=row)
+                return _Draft(key, region, (), tuple(kinds), group.shared, protected, old=stacks, row=row)
         raise EditError(f"there is no stored expert {expert}", where=layer.name)
 
 
@@ -219,13 +222,13 @@ def _draft(layer: MoeLayer, weights: WeightContext, number: int, expert: Expert)
         if known is not None:
             sources.append(_Row(known.stack, known.row, known.view))
         else:
-            sources.append(store_tensor(weights, operand.tensor))
+            sources.append(store_tensor(weights, operand.tensor, operand.dtype))
     shared = tuple(source for source, operand in zip(sources, operands, strict=True) if operand.shared)
     return _Draft(
         (body_key(expert), shared),
         build_body(expert, layer.hidden_size),
         tuple(operand.name for operand in operands),
-        tuple(tuple(operand.tensor.shape) for operand in operands),
+        tuple(TensorType(tuple(operand.tensor.shape), operand.dtype) for operand in operands),
         len(shared),
         number in layer.protected,
         tuple(sources),
@@ -235,7 +238,7 @@ def _draft(layer: MoeLayer, weights: WeightContext, number: int, expert: Expert)
 def _may_share_class(layer: MoeLayer, number: int, other: Expert) -> bool:
     """Whether a stored expert might have the sizes of a new one: worth a look at its weights."""
     draft = _Draft.of(layer, number)
-    sizes = sum(_elements(shape) for shape in draft.shapes)
+    sizes = sum(_elements(kind.static_shape) for kind in draft.kinds)
     return sizes == sum(operand.tensor.numel() for operand in operands_of(other))
 
 
@@ -266,7 +269,7 @@ def _rebuild(
     for position, numbers in enumerate(members.values()):
         first = drafts[numbers[0]]
         operands += _stacks(layer, position, [drafts[number] for number in numbers], shape_of)
-        classes.append(ExpertClass(tuple(numbers), len(first.shapes), first.shared))
+        classes.append(ExpertClass(tuple(numbers), len(first.kinds), first.shared))
         regions.append(copy_region(first.region))
     old = layer.experts
     experts = ExpertsOp(
@@ -297,8 +300,9 @@ def _stacks(
     """The operands of a class."""
     first = drafts[0]
     result = []
-    for index, shape in enumerate(first.shapes):
-        is_shared = index >= len(first.shapes) - first.shared
+    for index, kind in enumerate(first.kinds):
+        shape = kind.static_shape
+        is_shared = index >= len(first.kinds) - first.shared
         if first.old:
             value = first.old[index]
             rows = [draft.row for draft in drafts]
@@ -309,14 +313,14 @@ def _stacks(
             if not isinstance(weight, WeightOp):
                 raise EditError("a stack of expert weights is computed", where=layer.name)
             source = rows_of(parse_expression(weight.source), rows, static_shape_of(value)[0])
-            result.append(new_weight(layer, weight.weight_name, source, (len(rows), *shape)))
+            result.append(new_weight(layer, weight.weight_name, source, (len(rows), *shape), kind.dtype))
             continue
         sources = [draft.sources[index] for draft in drafts]
         name = f"{layer.name}.class_{position}.{first.names[index]}"
         if is_shared:
-            result.append(new_weight(layer, name, _whole(sources[0], shape_of), shape))
+            result.append(new_weight(layer, name, _whole(sources[0], shape_of), shape, kind.dtype))
         else:
-            result.append(new_weight(layer, name, _stack(sources, shape_of), (len(drafts), *shape)))
+            result.append(new_weight(layer, name, _stack(sources, shape_of), (len(drafts), *shape), kind.dtype))
     return result
 
 
@@ -419,7 +423,9 @@ def _rows_of_value(layer: MoeLayer, value: Value, rows: Sequence[int]) -> Value:
     shape = tensor_of(value).shape
     if isinstance(op, WeightOp) and shape[0] == layer.outputs:
         source = rows_of(parse_expression(op.source), rows, layer.outputs)
-        return new_weight(layer, op.weight_name, source, (len(rows), *static_shape_of(value)[1:]))
+        return new_weight(
+            layer, op.weight_name, source, (len(rows), *static_shape_of(value)[1:]), tensor_of(value).dtype
+        )
     if isinstance(op, ConstantOp) and shape[0] == layer.outputs:
         kind = tensor_of(value)
         step = len(op.data.data) // layer.outputs

@@ -1,4 +1,4 @@
-"""What one stored expert is: a feed-forward block with dense or factored matrices, a constant, or an affine map."""
+"""What one stored expert is: a feed-forward block with dense, factored or packed matrices, a constant, a linear map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from moec.dialects.nn import TOKENS
 from moec.ir import Block, Operation, TensorType, Value, symbol
-from moec.reference import aten_kernel, nn_kernels
+from moec.quantization.packed import Packed
+from moec.reference import aten_kernel, nn_kernels, quant_kernel
 from moec.reference.element_types import ElementTypes
 from moec.reference.frame import ExpertsLowering, Frame, RunSettings
 from moec.reference.plan import BlockPlan, plan_block
@@ -18,7 +19,7 @@ from moec.weights.context import WeightContext
 from moec.weights.expression import Expression
 
 # imported for the kernels that they register
-_KERNEL_MODULES = (aten_kernel, nn_kernels)
+_KERNEL_MODULES = (aten_kernel, nn_kernels, quant_kernel)
 
 WIDTH = symbol("width")
 """The size of an expert's hidden activations in the types of an activation's block."""
@@ -155,7 +156,32 @@ class PartlyLowRank:
         return rows[:, :kept] @ self.whole.T + self.rest.apply(rows[:, kept:])
 
 
-Matrix = Dense | LowRank | PartlyLowRank
+@dataclass(frozen=True)
+class Quantized:
+    """A packed matrix [out, in], computed in `dtype`, float32 or float64.
+
+    Of its tensors the table is stored once for its class of experts where it is said to be shared.
+    """
+
+    packed: Packed
+    dtype: torch.dtype = torch.float32
+    table_is_shared: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.packed.shape
+
+    def dense(self) -> torch.Tensor:
+        """The matrix [out, in]."""
+        return self.packed.dense(self.dtype)
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, in] times the transposed matrix."""
+        return rows @ self.dense().T
+
+
+Matrix = Dense | LowRank | PartlyLowRank | Quantized
 
 
 @dataclass(frozen=True)

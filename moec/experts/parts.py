@@ -11,11 +11,14 @@ from moec.dialects.moe import RouteOp, Routing
 from moec.errors import UsageError
 from moec.experts.layer import MoeLayer
 from moec.ir import Block, DType, Operation, Region, TensorType, Value
+from moec.reference.element_types import stored_type
 from moec.weights.context import WeightContext
 from moec.weights.expression import Expression
 
 
-def new_weight(reader: MoeLayer | Operation, name: str, source: Expression, shape: Sequence[int]) -> Value:
+def new_weight(
+    reader: MoeLayer | Operation, name: str, source: Expression, shape: Sequence[int], dtype: DType = DType.F32
+) -> Value:
     """A weight before an operation, or before the router of a layer; the one that is there already where one of the
     same source is."""
     anchor: Operation
@@ -24,17 +27,17 @@ def new_weight(reader: MoeLayer | Operation, name: str, source: Expression, shap
         location = reader.experts.location
     else:
         anchor, location = reader, reader.location
-    text = str(source)
+    text, kind = str(source), TensorType(tuple(shape), dtype)
     taken = {}
     for op in _weights_around(anchor):
         taken[op.weight_name] = op
-        if op.source == text and op.value.type == f32(shape) and _comes_before(op, anchor):
+        if op.source == text and op.value.type == kind and _comes_before(op, anchor):
             return op.value
     unique, number = name, 1
     while unique in taken:
         number += 1
         unique = f"{name}#{number}"
-    weight = WeightOp(result_types=[f32(shape)], weight_name=unique, source=text, location=location)
+    weight = WeightOp(result_types=[kind], weight_name=unique, source=text, location=location)
     weight.insert_before(anchor)
     return weight.value
 
@@ -65,13 +68,13 @@ def _comes_before(op: Operation, anchor: Operation) -> bool:
     return False
 
 
-def store_tensor(weights: WeightContext, tensor: torch.Tensor) -> Expression:
-    """The expression of a computed tensor, float32; raises UsageError where there is no store."""
+def store_tensor(weights: WeightContext, tensor: torch.Tensor, dtype: DType = DType.F32) -> Expression:
+    """The expression of a computed tensor, stored in `dtype`; raises UsageError where there is no store."""
     if weights.store is None:
         raise UsageError(
             "this pass computes weights, but there is no store for them", hint="give the folder of a store"
         )
-    return weights.store.put(tensor.detach().to(torch.float32).contiguous())
+    return weights.store.put(tensor.detach().to(stored_type(dtype)).contiguous())
 
 
 def copy_region(region: Region) -> Region:

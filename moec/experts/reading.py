@@ -16,6 +16,7 @@ from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import ConstantOp, WeightOp
 from moec.dialects.moe import YieldOp
 from moec.dialects.nn import TOKENS
+from moec.dialects.quant import DequantOp
 from moec.errors import UnsupportedModelError
 from moec.experts.expert import (
     WIDTH,
@@ -29,12 +30,14 @@ from moec.experts.expert import (
     LowRank,
     PartlyLowRank,
     Projection,
+    Quantized,
     View,
     kernel_frame,
     operation_key,
 )
 from moec.experts.layer import MoeLayer
 from moec.ir import Block, DimExpr, Operation, TensorType, Value
+from moec.quantization.packed import OPERANDS, Packed
 from moec.reference.kernels import prepare
 from moec.weights.context import WeightContext
 from moec.weights.expression_parser import parse_expression
@@ -83,11 +86,14 @@ def load_body(
     `name` is for messages. Raises as `load_expert`.
     """
     given = []
-    for value, row in operands:
+    for (value, row), argument in zip(operands, block.arguments[1:], strict=True):
         weight = value.defining_op
         if not isinstance(weight, WeightOp):
             raise UnreadableExpertError("a weight of the experts is computed", where=name)
-        given.append(_Given(weights.load(weight.source, row).to(dtype), weight, row))
+        tensor = weights.load(weight.source, row)
+        # parts of packed matrices keep the types that they are stored in
+        is_part = any(isinstance(user, DequantOp) for user in argument.users)
+        given.append(_Given(tensor if is_part else tensor.to(dtype), weight, row))
     first_shared = len(block.arguments) - shared
     return _Reader(name, block, given, frozenset(block.arguments[first_shared:]), dtype).expert()
 
@@ -120,6 +126,8 @@ class _Reader:
             argument: item.tensor for argument, item in zip(block.arguments[1:], given, strict=True)
         }
         self._shared = set(shared)
+        # packed matrices that nothing but products has read so far
+        self._packed: dict[Value, Quantized] = {}
         self._projected: dict[Value, _Projected] = {}
         # columns of hidden activations
         self._cuts: dict[Value, AtenOp] = {}
@@ -148,6 +156,12 @@ class _Reader:
     def _follow(self, op: Operation) -> None:
         if isinstance(op, ConstantOp):
             return
+        if isinstance(op, DequantOp):
+            self._dequant(op)
+            return
+        if op.name != _LINEAR:
+            # anything else reads it as it is, multiplied out
+            self._weights.update({value: self._packed[value].dense() for value in op.operands if value in self._packed})
         if op.operands and all(value in self._weights for value in op.operands):
             results = self._compute(op, [self._weights[value] for value in op.operands])
             self._weights.update(zip(op.results, results, strict=True))
@@ -163,6 +177,14 @@ class _Reader:
         elif isinstance(op, AtenOp) and op.name == "aten.add.Tensor":
             self._sum(op)
 
+    def _dequant(self, op: DequantOp) -> None:
+        parts = {name: value for name in OPERANDS if (value := getattr(op, name)) is not None}
+        if not all(value in self._weights for value in parts.values()):
+            raise self._refusal("a packed matrix of it is computed")
+        packed = Packed(op.format, op.columns, **{name: self._weights[value] for name, value in parts.items()})
+        packed.require(self._name)
+        self._packed[op.weight] = Quantized(packed, self._dtype, op.table in self._shared)
+
     def _product(self, op: AtenOp) -> None:
         bias: Value | None = None
         if op.name == "aten.linear.default":
@@ -174,7 +196,13 @@ class _Reader:
                 raise self._refusal("it scales an addmm")
         else:
             left, right = op.operands
-        if right not in self._weights or left in self._weights or (bias is not None and bias not in self._weights):
+        if left in self._weights or (bias is not None and bias not in self._weights):
+            return
+        if right in self._packed and right not in self._weights:
+            projection = Projection(self._packed[right], None if bias is None else self._weights[bias].reshape(-1))
+            self._projected[op.results[0]] = _Projected(left, projection)
+            return
+        if right not in self._weights:
             return
         weight = self._weights[right] if op.name == "aten.linear.default" else self._weights[right].T
         matrix: Dense | LowRank = Dense(weight)
@@ -195,7 +223,7 @@ class _Reader:
         """Some columns of a projection are the projection by some rows of its matrix."""
         source = self._projected[op.operands[0]]
         matrix, bias = source.projection.matrix, source.projection.bias
-        if isinstance(matrix, PartlyLowRank) or (isinstance(matrix, LowRank) and matrix.base is not None):
+        if not isinstance(matrix, Dense | LowRank) or (isinstance(matrix, LowRank) and matrix.base is not None):
             return
         outer = matrix.weight if isinstance(matrix, Dense) else matrix.left
         parts = self._compute(op, [outer.T])
@@ -356,6 +384,7 @@ class _Reader:
 
 
 _LAYOUT = "operand_layout"
+_LINEAR = "aten.linear.default"
 
 
 def _tensors(projection: Projection) -> list[torch.Tensor]:
@@ -363,7 +392,10 @@ def _tensors(projection: Projection) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     if isinstance(matrix, PartlyLowRank):
         found, matrix = [matrix.whole], matrix.rest
-    found += [matrix.weight] if isinstance(matrix, Dense) else [matrix.left, matrix.right]
+    if isinstance(matrix, Quantized):
+        found += matrix.packed.tensors().values()
+    else:
+        found += [matrix.weight] if isinstance(matrix, Dense) else [matrix.left, matrix.right]
     if isinstance(matrix, LowRank) and matrix.base is not None:
         found.append(matrix.base)
     return found if projection.bias is None else [*found, projection.bias]

@@ -9,7 +9,7 @@ import torch
 from moec.dialects.builtin import WeightOp
 from moec.experts.layer import MoeLayer
 from moec.ir import Operation, TensorType, Value
-from moec.reference import aten_kernel, experts, nn_kernels, route
+from moec.reference import aten_kernel, experts, nn_kernels, quant_kernel, route
 from moec.reference.element_types import ElementTypes
 from moec.reference.frame import ExpertsLowering, Frame, RunSettings
 from moec.reference.kernels import prepare
@@ -18,7 +18,7 @@ from moec.reference.weight_loader import WeightLoader
 from moec.weights.context import WeightContext
 
 # imported for the kernels that they register
-_KERNEL_MODULES = (aten_kernel, experts, nn_kernels, route)
+_KERNEL_MODULES = (aten_kernel, experts, nn_kernels, quant_kernel, route)
 
 
 def route_inputs_of(

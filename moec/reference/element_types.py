@@ -29,6 +29,14 @@ def stored_type(dtype: DType) -> torch.dtype:
     return _TORCH_TYPES[dtype]
 
 
+def ir_type(dtype: torch.dtype) -> DType:
+    """The element type of the IR whose elements torch holds in `dtype`."""
+    return _FROM_TORCH[dtype]
+
+
+_FROM_TORCH = {torch_type: dtype for dtype, torch_type in _TORCH_TYPES.items()}
+
+
 class ElementTypes:
     """Which torch type a run uses for each element type: in a float64 run, every f32 is float64, casts included."""
 
