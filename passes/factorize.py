@@ -1,23 +1,31 @@
-"""Factorisation of dense feed-forward blocks into experts of fewer neurons."""
+"""Factorisation of dense feed-forward blocks, and of experts, into experts of fewer neurons."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import ClassVar
 
 import torch
 
+from moec.errors import UsageError
 from moec.experts import (
+    Expert,
     FeedForward,
+    MoeLayer,
     UnreadableExpertError,
     find_dense_layers,
+    find_moe_layers,
     load_dense,
+    load_expert,
     make_sparse,
+    replace_routing,
 )
 from moec.experts.dense import DenseLayer
+from moec.experts.segment import segment_experts, segmenting_problem
 from moec.ir import Operation
 from moec.passes.factorizing.activity import Activity, Observed
-from moec.passes.factorizing.blocks import cut, output_without
+from moec.passes.factorizing.blocks import cut, routed_output, segments, without_output_bias
 from moec.passes.factorizing.division import Division, Partition, RowsOf, SharedBy, Uneven
 from moec.passes.neuron_pruning.slicing import slice_neurons, slicing_problem
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
@@ -25,10 +33,17 @@ from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, regi
 _TOKENS_PER_MARKER = 16
 
 
+class Target(Enum):
+    """What is cut into experts."""
+
+    BLOCKS = "blocks"  # dense feed-forward blocks
+    EXPERTS = "experts"  # the experts of layers that have some
+
+
 @register_pass("factorize")
 @dataclass(frozen=True)
 class Factorize(Pass):
-    """Cuts every dense feed-forward block into experts, each with some of its neurons.
+    """Cuts every dense feed-forward block, or every expert, into experts, each with some of its neurons.
 
     1. Neurons are partitioned: each becomes part of one expert, or of the `shared` neurons, which stay a dense block
        that every token runs. Blocks that stand beside experts already are left as they are.
@@ -38,15 +53,26 @@ class Factorize(Pass):
        `calibrate` in front: a neuron's marker says for each token whether it is among the `active` most active ones.
        `gradient` needs `calibrate{gradients=true}`, and gives each neuron to a kind of text whose loss it matters to.
        Kinds are the calibration's texts where there is one for each expert, else groups of similar sequences.
+    4. `domain-masks` and `gradient-overlap` are not partitions, and not exact: the experts of two kinds of text may
+       have neurons in common, and neurons that none has are gone. What all have stays dense. Each token gets one
+       expert, since a neuron must not count twice.
 
+    The bias of the output is added once, behind the experts.
+
+    `target=experts` makes finer experts of those that there are (DeepSeekMoE): router outputs are repeated for each
+    part, tokens choose all parts of what they chose, and the scale makes up for scores that copies share. Routers whose
+    choice could fall between the parts of an expert, such as top-p, are refused.
     A calibration in front serves what follows, too: `calibrate,factorize{...},init-router,set-routing{...}`.
 
-    MoEfication (Zhang et al. 2022), LLaMA-MoE (Zhu et al. 2024), FactorLLM (arXiv 2408.11855), CMoE.
+    MoEfication (Zhang et al. 2022), LLaMA-MoE (Zhu et al. 2024), FactorLLM (arXiv 2408.11855), CMoE, Read-ME.
     """
 
     claim: ClassVar[Claim] = Claim.EXACT
     blocks = Statistic("dense blocks cut into experts")
-    experts: int = option("experts for each block")
+    dropped = Statistic("neurons that no expert has")
+    segmented = Statistic("layers whose experts became finer")
+    experts: int = option("experts for each block, or for each expert")
+    target: Target = option("what is cut", Target.BLOCKS)
     partition: Partition = option("which neurons go together", Partition.K_MEANS)
     rows: RowsOf = option("what k-means compares", RowsOf.GATE)
     activity: Activity = option("how active a neuron is on a token", Activity.CONTRIBUTION)
@@ -55,6 +81,7 @@ class Factorize(Pass):
     shared: int = option("neurons that stay dense", 0)
     shared_by: SharedBy = option("which neurons stay dense", SharedBy.COLUMNS)
     uneven: Uneven = option("what to do where the experts do not divide the width", Uneven.REFUSE)
+    keep: float = option("domain-masks, gradient-overlap: share of the neurons that each expert has", 0.5)
 
     def __post_init__(self) -> None:
         if self.experts < 1:
@@ -63,8 +90,23 @@ class Factorize(Pass):
             raise ValueError("shared and active must not be negative")
         if self.iterations < 1:
             raise ValueError("iterations must be at least 1")
+        if not 0 < self.keep <= 1:
+            raise ValueError("keep must be above 0 and at most 1")
+        if self.partition.overlaps and self.shared:
+            raise ValueError(f"partition={self.partition.value} shares what all experts have, not a number of neurons")
+
+        if self.target is Target.EXPERTS and (self.partition.overlaps or self.shared):
+            raise ValueError("target=experts takes a partition of each expert, without shared neurons")
+
+    def promise(self) -> Claim:
+        """Overlapping experts give something else than the block."""
+        return Claim.LOSSY if self.partition.overlaps else Claim.EXACT
 
     def run(self, op: Operation, context: PassContext) -> None:
+        if self.target is Target.EXPERTS:
+            for moe_layer in find_moe_layers(op):
+                self._segment(moe_layer, context)
+            return
         for layer in find_dense_layers(op):
             if layer.is_beside_experts:
                 context.refuse(layer.op, "it stands beside experts", self.pass_name)
@@ -87,21 +129,56 @@ class Factorize(Pass):
             return Observed.of(calibration, calibration.sample(layer))
 
         division = self._division()
-        generator = torch.Generator().manual_seed(context.seed * 1_000_003 + layer.index)
-        neurons, groups = division.divide(layer.name, block, text, generator)
-        shared = None if neurons is None else slice_neurons(block, neurons)
+        neurons, groups = division.divide(layer.name, block, text, self._generator(layer.index, context))
+        shared = None if neurons is None else without_output_bias(slice_neurons(block, neurons))
         if division.reads_text:
-            self._check_rows(layer, len(text()), division.active_neurons(block.width), block.width, context)
-        # the output bias is added once
-        experts = cut(block, groups, pad=self.uneven is Uneven.PAD, biased=0 if shared is None else None)
+            self._check_rows(layer.op, len(text()), block.width, context)
+        bias = block.down.bias
         module = context.module
         calibration = None if module is None else module.calibration
-        if module is not None and calibration is not None and shared is not None and calibration.knows(layer):
+        if module is not None and calibration is not None and calibration.knows(layer) and (bias is not None or shared):
             # what init-router and set-routing aim at is now the output of the experts alone
-            module.calibration = calibration.with_outputs(
-                {layer.name: output_without(calibration.sample(layer), shared)}
-            )
-        make_sparse(layer, context.require_weights(), experts, shared)
+            rest = routed_output(calibration.sample(layer), shared, bias)
+            module.calibration = calibration.with_outputs({layer.name: rest})
+        experts = cut(block, groups, pad=self.uneven is Uneven.PAD)
+        made = make_sparse(layer, context.require_weights(), experts, shared, bias)
+        if self.partition.overlaps:
+            replace_routing(made, replace(made.route.routing, k=1))
+            used = torch.zeros(block.width, dtype=torch.bool)
+            used[torch.cat(groups if neurons is None else [neurons, *groups])] = True
+            context.count(self.dropped, int((~used).sum()))
+
+    def _segment(self, layer: MoeLayer, context: PassContext) -> None:
+        weights, division = context.require_weights(), self._division()
+        problem = segmenting_problem(layer.route)
+        for number in range(0 if problem else layer.expert_count):
+            expert = load_expert(layer, weights, number)
+            problem = problem or slicing_problem(expert)
+        if problem:
+            context.refuse(layer.experts, problem, self.pass_name)
+            return
+        generator = self._generator(layer.index, context)
+
+        def split(number: int, expert: Expert) -> list[Expert]:
+            assert isinstance(expert, FeedForward)
+            where = f"{layer.name}, expert {number}"
+
+            def text() -> Observed:
+                observed = Observed.of_expert(context.require_calibration(), layer, number)
+                if not len(observed):
+                    raise UsageError("no token of the calibration chose this expert", where=where)
+                return observed
+
+            _, groups = division.divide(where, expert, text, generator)
+            if division.reads_text:
+                self._check_rows(layer.experts, len(text()), expert.width, context)
+            return segments(expert, groups, pad=self.uneven is Uneven.PAD)
+
+        segment_experts(layer, weights, self.experts, split)
+        context.count(self.segmented)
+
+    def _generator(self, index: int, context: PassContext) -> torch.Generator:
+        return torch.Generator().manual_seed(context.seed * 1_000_003 + index)
 
     def _division(self) -> Division:
         return Division(
@@ -114,13 +191,15 @@ class Factorize(Pass):
             self.shared,
             self.shared_by,
             self.uneven,
+            self.keep,
         )
 
-    def _check_rows(self, layer: DenseLayer, rows: int, active: int, width: int, context: PassContext) -> None:
+    def _check_rows(self, op: Operation, rows: int, width: int, context: PassContext) -> None:
+        active = self._division().active_neurons(width)
         needed = -(-_TOKENS_PER_MARKER * width // active)
         if rows < needed:
             context.remark(
-                layer.op,
+                op,
                 f"{rows} tokens to tell {width} neurons apart, of which {active} count as active on each; give "
                 f"{needed} or more: calibrate{{sequences=... length=...}}",
             )

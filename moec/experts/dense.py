@@ -10,7 +10,7 @@ import torch
 from moec.dialects import aten
 from moec.dialects.moe import ExpertClass, ExpertsOp, RouteOp, Routing, WeightFrom
 from moec.dialects.nn import MLPOp
-from moec.experts.bodies import build_body, operands_of
+from moec.experts.bodies import Operand, build_body, operands_of
 from moec.experts.edit import replace_experts
 from moec.experts.expert import Constant, Expert, FeedForward
 from moec.experts.layer import MoeLayer
@@ -75,13 +75,29 @@ def load_dense(layer: DenseLayer, weights: WeightContext, dtype: torch.dtype = t
     return found
 
 
+def replace_dense(layer: DenseLayer, weights: WeightContext, block: FeedForward) -> DenseLayer:
+    """Puts another block in the place of a dense one; raises UsageError where there is no store."""
+    old = layer.op
+    new = _block(layer, weights, block, layer.name)
+    new.location = old.location
+    new.insert_before(old)
+    old.y.replace_all_uses_with(new.y)
+    erase_unused(old)
+    settle_names(new)
+    return DenseLayer(layer.name, layer.index, new)
+
+
 def make_sparse(
-    layer: DenseLayer, weights: WeightContext, experts: Sequence[Expert], shared: FeedForward | None = None
+    layer: DenseLayer,
+    weights: WeightContext,
+    experts: Sequence[Expert],
+    shared: FeedForward | None = None,
+    bias: torch.Tensor | None = None,
 ) -> MoeLayer:
     """Replaces a dense block by experts, all of which are chosen with gate 1, and a dense block `shared` beside them.
 
     The router is a linear map of zeros: which experts a token chooses is decided by whoever changes it and the number
-    of choices. Output biases belong to `shared`, or to one of the experts.
+    of choices. `bias` [H] is added to each token once, whichever experts it chooses.
     Raises UsageError where there is no store.
     """
     old = layer.op
@@ -121,9 +137,12 @@ def make_sparse(
     if kind.rank != 2:
         result = insert(aten.build("view.default", {"self": result}, (kind,), size=kind.shape))
     if shared is not None:
-        result = insert(
-            aten.build("add.Tensor", {"self": insert(_block(layer, weights, shared)), "other": result}, (kind,))
-        )
+        beside = insert(_block(layer, weights, shared, f"{layer.name}.shared"))
+        result = insert(aten.build("add.Tensor", {"self": beside, "other": result}, (kind,)))
+    if bias is not None:
+        name = f"{layer.name}.bias"
+        added = new_weight(old, name, store_tensor(weights, bias), (hidden,))
+        result = insert(aten.build("add.Tensor", {"self": result, "other": added}, (kind,)))
     old.y.replace_all_uses_with(result)
     made = replace_experts(MoeLayer(layer.name, layer.index, route, nothing, router), weights, dict(enumerate(experts)))
     erase_unused(old)
@@ -131,23 +150,24 @@ def make_sparse(
     return made
 
 
-def _block(layer: DenseLayer, weights: WeightContext, block: FeedForward) -> MLPOp:
-    """The feed-forward block as an operation."""
+def _block(layer: DenseLayer, weights: WeightContext, block: FeedForward, name: str) -> MLPOp:
+    """The feed-forward block as an operation; `name` begins the names of its weights."""
     given = [
         new_weight(
             layer.op,
-            f"{layer.name}.shared.{item.name}",
-            _source_of(block, item.tensor, weights),
+            f"{name}.{item.name}",
+            _source_of(block, item, weights),
             tuple(item.tensor.shape),
+            item.dtype,
         )
         for item in operands_of(block)
     ]
     return MLPOp(layer.op.x, given, regions=[build_body(block, layer.hidden_size)])
 
 
-def _source_of(block: FeedForward, tensor: torch.Tensor, weights: WeightContext) -> Expression:
+def _source_of(block: FeedForward, operand: Operand, weights: WeightContext) -> Expression:
     """Where a tensor of the block lies: in the source where it was loaded from there, else in the store."""
-    known = next((item for item in block.loaded if item.holds(tensor) and item.row is None), None)
+    known = next((item for item in block.loaded if item.holds(operand.tensor) and item.row is None), None)
     if known is None:
-        return store_tensor(weights, tensor)
+        return store_tensor(weights, operand.tensor, operand.dtype)
     return seen_through(known.stack, known.view, 0, lambda source: weights.shape_dtype(source)[0])

@@ -10,7 +10,7 @@ import torch
 
 from moec.calibration.calibration import Calibration
 from moec.calibration.sample import LayerSample
-from moec.experts import Dense, FeedForward, Projection
+from moec.experts import Dense, FeedForward, MoeLayer, Projection
 
 CHUNK_ROWS = 1024
 
@@ -36,6 +36,15 @@ class Observed:
     def of(calibration: Calibration, sample: LayerSample) -> Observed:
         """All rows of a sample."""
         return Observed(sample.x, sample.gradient, sample.sequence, calibration.domains(sample))
+
+    @staticmethod
+    def of_expert(calibration: Calibration, layer: MoeLayer, expert: int) -> Observed:
+        """The rows of a layer's sample that chose a stored expert."""
+        sample = calibration.sample(layer)
+        rows, gates = sample.chosen(layer, expert)
+        mine = sample.subset(rows)
+        gradient = None if mine.gradient is None else mine.gradient * gates[:, None].to(mine.gradient.dtype)
+        return Observed(mine.x, gradient, mine.sequence, calibration.domains(mine))
 
     def __len__(self) -> int:
         """n."""

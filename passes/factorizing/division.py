@@ -13,7 +13,7 @@ from moec.experts import FeedForward
 from moec.passes.factorizing.activity import Activity, Observed, markers
 from moec.passes.factorizing.co_activation import co_active_groups
 from moec.passes.factorizing.co_activation_graph import graph_groups
-from moec.passes.factorizing.importance import loss_share, text_clusters
+from moec.passes.factorizing.importance import loss_share, mean_activity, text_clusters
 from moec.passes.factorizing.partition import (
     balanced_assignment,
     balanced_k_means,
@@ -32,11 +32,18 @@ class Partition(Enum):
     CO_ACTIVATION = "co-activation"  # those that are active on the same tokens, as CMoE
     CO_ACTIVATION_GRAPH = "co-activation-graph"  # the same, by cutting a graph, as MoEfication
     GRADIENT = "gradient"  # those that matter to the loss of one kind of text, as LLaMA-MoE
+    GRADIENT_OVERLAP = "gradient-overlap"  # the same, where several kinds may have a neuron (LLaMA-MoE, inner-share)
+    DOMAIN_MASKS = "domain-masks"  # those that one kind of text uses most; several may have a neuron (Read-ME)
 
     @property
     def reads_text(self) -> bool:
         """Whether it needs a calibration."""
-        return self in (Partition.CO_ACTIVATION, Partition.CO_ACTIVATION_GRAPH, Partition.GRADIENT)
+        return self not in (Partition.CONTIGUOUS, Partition.RANDOM, Partition.K_MEANS)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether neurons may be in several experts, or in none: then one expert is all that a token should choose."""
+        return self in (Partition.GRADIENT_OVERLAP, Partition.DOMAIN_MASKS)
 
 
 class RowsOf(Enum):
@@ -73,7 +80,8 @@ Text = Callable[[], Observed]
 
 @dataclass(frozen=True)
 class Division:
-    """The options of a division. `active` neurons count as active on a token, 0 is a tenth of the width."""
+    """The options of a division. `active` neurons count as active on a token, 0 is a tenth of the width; `keep` is the
+    share of the neurons that each of several overlapping experts has."""
 
     experts: int
     partition: Partition
@@ -84,6 +92,7 @@ class Division:
     shared: int
     shared_by: SharedBy
     uneven: Uneven
+    keep: float
 
     @property
     def reads_text(self) -> bool:
@@ -95,8 +104,12 @@ class Division:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """(neurons that stay dense, neurons of each expert), ascending; `text` is asked for where it is needed.
 
+        Where experts overlap, what all of them would have stays dense.
         Raises UsageError that names `where` for a width that cannot be divided so and for too little text.
         """
+        scores = _Scores(self, where, block, text, generator)
+        if self.partition.overlaps:
+            return self._overlapping(scores, block.width)
         routed = block.width - self.shared
         if routed < self.experts:
             raise UsageError(f"{routed} of {block.width} neurons are too few for {self.experts} experts", where=where)
@@ -106,7 +119,6 @@ class Division:
                 where=where,
                 hint="choose another number, or uneven=pad or uneven=ragged",
             )
-        scores = _Scores(self, where, block, text, generator)
         if not self.shared:
             return None, self._partition(scores, torch.arange(routed), generator)
         shared = _first(scores.sharing(), self.shared).sort().values
@@ -117,6 +129,16 @@ class Division:
     def active_neurons(self, width: int) -> int:
         """How many neurons of a block count as active."""
         return min(self.active or max(1, width // 10), width)
+
+    def _overlapping(self, scores: _Scores, width: int) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        count = max(1, int(self.keep * width))
+        worth = scores.use_by_kind() if self.partition is Partition.DOMAIN_MASKS else scores.by_kind()
+        masks = torch.zeros(self.experts, width, dtype=torch.bool)
+        for mask, row in zip(masks, worth, strict=True):
+            mask[_first(row, count)] = True
+        everywhere = masks.all(dim=0)
+        groups = [(mask & ~everywhere).nonzero()[:, 0] for mask in masks]
+        return (everywhere.nonzero()[:, 0] if bool(everywhere.any()) else None), groups
 
     def _partition(self, scores: _Scores, neurons: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
         sizes = group_sizes(len(neurons), self.experts)
@@ -131,7 +153,7 @@ class Division:
                 groups = co_active_groups(scores.markers()[:, neurons], sizes, self.iterations)
             case Partition.CO_ACTIVATION_GRAPH:
                 groups = graph_groups(scores.markers()[:, neurons], sizes)
-            case Partition.GRADIENT:
+            case _:
                 labels = balanced_assignment(-scores.by_kind()[:, neurons].T, sizes)
                 groups = [(labels == group).nonzero()[:, 0] for group in range(self.experts)]
         return [neurons[group] for group in groups]
@@ -171,11 +193,16 @@ class _Scores:
         """What neurons are worth to as many kinds of text as there are experts, float64 [experts, m]: each kind gives
         1 in all."""
         if self._by_kind is None:
-            count, observed = self._division.experts, self._text()
-            kind = text_clusters(observed, count, self._generator, self._where)
-            worth = loss_share(self._block, observed, kind, count, self._where)
+            worth = loss_share(self._block, self._text(), self._kinds(), self._division.experts, self._where)
             self._by_kind = worth / worth.sum(1, keepdim=True).clamp(min=1e-300)
         return self._by_kind
+
+    def use_by_kind(self) -> torch.Tensor:
+        """How much kinds of text use neurons, float64 [experts, m]."""
+        return mean_activity(self._block, self._text(), self._kinds(), self._division.experts)
+
+    def _kinds(self) -> torch.Tensor:
+        return text_clusters(self._text(), self._division.experts, self._generator, self._where)
 
     def sharing(self) -> torch.Tensor:
         """Scores [m]; neurons with the largest ones are shared."""

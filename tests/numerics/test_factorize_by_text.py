@@ -17,7 +17,7 @@ from moec.module import Module
 from moec.passes.factorizing.activity import Activity, Observed, activities, markers
 from moec.passes.factorizing.co_activation import co_active_groups, distances
 from moec.passes.factorizing.co_activation_graph import cut_weight, graph_groups
-from moec.passes.factorizing.importance import loss_share, text_clusters
+from moec.passes.factorizing.importance import loss_share, mean_activity, text_clusters
 from moec.passes.factorizing.partition import balanced_assignment
 from tests.experts.models import calibrate_text, copy_of, difference, output, raised_model
 
@@ -173,12 +173,50 @@ def test_a_calibration_in_front_serves_router_and_scale(llama: Module, options: 
     assert difference(llama.calibration.sample(find_dense_layers(llama.op)[0]).y, block.apply(observed.x)) < 1e-5
 
 
+@pytest.mark.parametrize("partition", ["domain-masks", "gradient-overlap"])
+def test_overlapping_experts_are_masks_of_the_block(llama: Module, partition: str) -> None:
+    module = changed(llama, f"factorize{{experts=3 partition={partition} keep=0.25}}")
+    layer = find_moe_layers(module.op)[0]
+    assert layer.top_k == 1
+    block, observed = first_block(llama)
+    up = [tuple(row) for row in block.up.dense().tolist()]
+    shared = next((found for found in find_dense_layers(module.op) if found.is_beside_experts), None)
+    everywhere = [] if shared is None else load_dense(shared, module.weights).up.dense().tolist()
+    masks = []
+    for number in range(3):
+        expert = load_expert(layer, module.weights, number)
+        assert isinstance(expert, FeedForward)
+        own = {up.index(tuple(row)) for row in [*expert.up.dense().tolist(), *everywhere]}
+        masks.append(own)
+        hidden = block.hidden_activations(observed.x)
+        only = torch.zeros(block.width, dtype=torch.bool)
+        only[sorted(own)] = True
+        given = expert.apply(observed.x)
+        if shared is not None:
+            given = given + load_dense(shared, module.weights).apply(observed.x)
+        assert difference((hidden * only) @ block.down.dense().T, given) < 1e-5
+    # an expert has exactly its share of the neurons (Read-ME's own code loses one), and what all have is dense
+    assert [len(own) for own in masks] == [block.width // 4] * 3
+    assert len(everywhere) == len(set.intersection(*masks))
+    assert difference(output(llama), output(module)) > 1e-3
+
+
 def test_a_shared_block_is_not_cut_again(llama: Module) -> None:
     module = changed(llama, "factorize{experts=4 shared=16}")
     before = module.print()
     report = moec.run_passes(module, "factorize{experts=2}")
     assert module.print() == before
     assert {refusal.reason for refusal in report.records[0].refusals} == {"it stands beside experts"}
+
+
+def test_texts_are_the_kinds_where_there_is_one_for_each_expert(llama: Module) -> None:
+    block, observed = first_block(llama)
+    domain = 3 * (observed.sequence % 2)
+    two = Observed(observed.x, observed.gradient, observed.sequence, domain)
+    kind = text_clusters(two, 2, torch.Generator(), "a block")
+    assert torch.equal(kind, observed.sequence % 2)
+    use = mean_activity(block, two, kind, 2)
+    assert torch.allclose(use[1], block.hidden_activations(observed.x[kind == 1]).abs().double().mean(0), rtol=1e-5)
 
 
 def test_bad_input_is_refused(llama: Module, tmp_path: Path) -> None:
