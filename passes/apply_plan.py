@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 
 from moec.budget.actions import ActionKind
+from moec.budget.offers import constant_output, factored
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, read_plan
 from moec.budget.shared_base import SharedBase, shared_base
-from moec.budget.tables import DAMPING, constant_output, factored
+from moec.budget.tables import DAMPING
 from moec.calibration.sample import LayerSample
 from moec.errors import UsageError
 from moec.experts import (

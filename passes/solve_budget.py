@@ -13,11 +13,12 @@ from moec.artifact.report import format_size
 from moec.artifact.weight_uses import weight_uses
 from moec.budget.actions import Action, ActionKind
 from moec.budget.measure import Distortion
+from moec.budget.offers import TableSettings
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, write_plan
 from moec.budget.problem import OWN, Item, Problem, Solution
 from moec.budget.sizes import parse_budget
 from moec.budget.solving import Solver, solve
-from moec.budget.tables import ExpertTable, LayerTable, TableSettings, layer_table
+from moec.budget.tables import ExpertTable, LayerTable, layer_table
 from moec.errors import UsageError
 from moec.experts import MoeLayer, UnreadableExpertError, find_moe_layers, find_unreadable
 from moec.ir import Operation
@@ -42,7 +43,10 @@ class SolveBudget(Pass):
     1. A share of `bytes` (60%) is one of the bytes of all experts, a number (4GiB) is for all weights of the model.
     2. Each layer keeps as many stored experts as a token chooses, protected experts stay as they are and serve no
        other's tokens, and an expert answers for another only if it keeps `good` of its neurons.
-    3. Solvers: prices on bytes by bisection for any size; dynamic programming where experts are independent; HiGHS
+    3. With `refit` neurons are chosen, and they and ranks are priced, for what is left after `refit-down`: a neuron may
+       go if those that stay can take its part over (as weights do in Optimal Brain Surgeon). Without a refit behind
+       it such a plan is worse than one without `refit`.
+    4. Solvers: prices on bytes by bisection for any size; dynamic programming where experts are independent; HiGHS
        for redirects and for two budgets. The best plan is taken, and its distance from the proven bound is told.
 
     The plan is kept for `apply-plan`, and written to `file` as JSON.
@@ -65,6 +69,7 @@ class SolveBudget(Pass):
     ranks: tuple[float, ...] = option("shares of a matrix's parameters that factors may take", _SHARES)
     nearest: int = option("experts that may answer for another one", 8)
     good: float = option("share of its neurons that an expert must keep to answer for others", 0.75)
+    refit: bool = option("prices are those after refit-down, which is to follow apply-plan", False)
     distortion: Distortion = option("how errors are made comparable", Distortion.AUTO)
     solver: Solver = option("how the plan is found", Solver.AUTO)
     time_limit: float = option("seconds for HiGHS", 60.0)
@@ -83,6 +88,9 @@ class SolveBudget(Pass):
         if not 0 < self.good <= 1 or not self.time_limit > 0 or not self.gap >= 0:
             raise ValueError("good is within 0 < good <= 1, time-limit above 0, and gap not negative")
 
+        if self.refit and self.distortion is Distortion.FISHER:
+            raise ValueError("refit needs a distortion that is a norm of outputs, which fisher is not")
+
     def run(self, op: Operation, context: PassContext) -> None:
         calibration = context.require_calibration()
         module = context.module
@@ -90,7 +98,9 @@ class SolveBudget(Pass):
         for unreadable in find_unreadable(op):
             context.refuse(unreadable.op, unreadable.reason, self.pass_name)
         measure = self.distortion.resolved(gradients=calibration.has_gradients)
-        settings = TableSettings(frozenset(self.actions), self.steps, self.ranks, self.nearest, measure, self.dtype)
+        settings = TableSettings(
+            frozenset(self.actions), self.steps, self.ranks, self.nearest, measure, self.dtype, self.refit
+        )
         layers: list[MoeLayer] = []
         tables: list[LayerTable] = []
         for layer in find_moe_layers(op):

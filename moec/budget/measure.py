@@ -76,6 +76,10 @@ class ErrorMeasure:
         """Columns [H, m] of a last product as errors in them count."""
         return columns.double() if self.root is None else self.root.T @ columns.double()
 
+    def of_energy(self, energy: float) -> float:
+        """The price of a sum of squares of errors that are already as `scaled_columns` makes them."""
+        return self.factor * energy / self.rows
+
     def price(self, rows: torch.Tensor, errors: torch.Tensor) -> float:
         """The price of errors [n, H] of the layer's output in the rows [n] of the sample."""
         errors = errors.double()

@@ -140,7 +140,7 @@ def _parts(layer: MoeLayer, sample: LayerSample, weights: WeightContext) -> tupl
             continue
         hidden = expert.hidden_activations(x)
         residual.index_add_(0, rows, -gates[:, None] * expert.down.apply(hidden).double())
-        features = None if number in layer.protected else _features(expert, hidden)
+        features = None if number in layer.protected else fitted_features(expert, hidden)
         if features is not None:
             parts.append(_Part(number, expert, rows, gates[:, None] * features.double()))
     return parts, residual
@@ -156,7 +156,7 @@ def _row_scales(y: torch.Tensor) -> torch.Tensor:
     return (usual / (usual + squares)).sqrt()
 
 
-def _features(expert: FeedForward, hidden: torch.Tensor) -> torch.Tensor | None:
+def fitted_features(expert: FeedForward, hidden: torch.Tensor) -> torch.Tensor | None:
     """What the part of the last product reads that can be fitted [n, u]; None where there is none."""
     matrix = expert.down.matrix
     if isinstance(matrix, Dense):

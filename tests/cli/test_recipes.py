@@ -39,7 +39,7 @@ def test_every_recipe_names_its_source_and_is_a_pipeline() -> None:
 
 def test_a_budget_alone_is_the_best_recipe_in_the_type_of_the_artifact() -> None:
     options = CompileOptions(budget="60%", dtype=OutputDType.FLOAT16)
-    assert "solve-budget{bytes=60% dtype=float16}" in str(Pipeline.parse(options.requested_pipeline(MOE)))
+    assert "solve-budget{bytes=60% refit dtype=float16}" in str(Pipeline.parse(options.requested_pipeline(MOE)))
     assert "bytes=350MB" in CompileOptions(budget="350MB").requested_pipeline(MOE)
     assert "ratio=0.25" in CompileOptions(recipe="camera-p", budget="75%").requested_pipeline(MOE)
     assert CompileOptions(pipeline="cse").requested_pipeline(MOE) == "cse"

@@ -12,8 +12,9 @@ from moec.api import run_passes
 from moec.artifact.options import OutputDType
 from moec.budget.actions import ActionKind
 from moec.budget.measure import Distortion
+from moec.budget.offers import TableSettings
 from moec.budget.plan import BudgetPlan, read_plan, write_plan
-from moec.budget.tables import LayerTable, TableSettings, layer_table
+from moec.budget.tables import LayerTable, layer_table
 from moec.codegen.onnx.emit import emit_onnx
 from moec.codegen.onnx.targets import parse_target
 from moec.dialects.builtin import WeightOp

@@ -10,8 +10,9 @@ import moec
 from moec.artifact.options import OutputDType
 from moec.budget.actions import ActionKind
 from moec.budget.measure import Distortion
+from moec.budget.offers import TableSettings
 from moec.budget.plan import BudgetPlan
-from moec.budget.tables import LayerTable, TableSettings, layer_table
+from moec.budget.tables import LayerTable, layer_table
 from moec.experts import find_moe_layers
 from tests.quality import harness
 from tests.quality.harness import Measured, paired_interval
