@@ -15,7 +15,7 @@ from moec.errors import UsageError
 from moec.experts import MoeLayer, find_moe_layers, replace_routing, run_layer
 from moec.experts.router_source import feed_router, follow_router
 from moec.ir import Operation
-from moec.passes.routing.sequence_mean import sequence_mean, sequence_obstacle
+from moec.passes.routing.sequence_mean import sequence_mean, sequence_means, sequence_obstacle
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
 
@@ -113,7 +113,7 @@ class SetRouting(Pass):
         if self.scope is Scope.SEQUENCE:
             layers = self._by_sequence(op, layers, context)
         elif self.scope is Scope.MODEL:
-            layers = tuple(layer if layer is layers[0] else follow_router(layer, layers[0]) for layer in layers)
+            layers = self._by_model(layers, context)
         for layer in layers:
             routing = self._combined(self._selected(layer, context))
             layer = replace_routing(layer, routing)
@@ -188,7 +188,36 @@ class SetRouting(Pass):
         obstacle = sequence_obstacle(op, context.module)
         if obstacle:
             raise UsageError(f"one choice for a sequence: {obstacle}", hint="use scope=token or scope=model")
-        return tuple(feed_router(layer, context.require_weights(), sequence_mean(op, layer)) for layer in layers)
+        changed = []
+        for layer in layers:
+            changed.append(feed_router(layer, context.require_weights(), sequence_mean(op, layer)))
+            sample = _known_sample(layer, context)
+            if sample is not None:
+                _tell_calibration(layer, sequence_means(sample), context)
+        return tuple(changed)
+
+    def _by_model(self, layers: Sequence[MoeLayer], context: PassContext) -> tuple[MoeLayer, ...]:
+        """Layers that choose by the logits of the first one."""
+        changed = list(layers[:1])
+        for layer in layers[1:]:
+            changed.append(follow_router(layer, layers[0]))
+            sample = _known_sample(layers[0], context)
+            if sample is not None:
+                _tell_calibration(layer, sample.router_input, context)
+        return tuple(changed)
+
+
+def _known_sample(layer: MoeLayer, context: PassContext) -> LayerSample | None:
+    """The calibration's sample of a layer, None where there is none."""
+    calibration = None if context.module is None else context.module.calibration
+    return calibration.sample(layer) if calibration is not None and calibration.knows(layer) else None
+
+
+def _tell_calibration(layer: MoeLayer, rows: torch.Tensor, context: PassContext) -> None:
+    """What the router reads now of the sample, for the passes behind this one."""
+    module = context.module
+    if module is not None and module.calibration is not None and module.calibration.knows(layer):
+        module.calibration = module.calibration.with_router_inputs({layer.name: rows})
 
 
 def _largest_entropy(experts: int, order: float) -> float:

@@ -12,7 +12,7 @@ import torch
 from moec.calibration.all_experts import mean_outputs, redirect_distortion
 from moec.calibration.data import CalibrationData
 from moec.calibration.observation import expert_widths
-from moec.calibration.sample import LayerSample
+from moec.calibration.sample import LayerSample, spread_rows
 from moec.calibration.statistics import LayerStatistics, StatisticsSum
 from moec.calibration.walk import AnyLayer, LayerResult, WalkSettings, walk
 from moec.dialects.builtin import WeightOp
@@ -117,6 +117,23 @@ class Calibration:
             kept: Kept = y if self._weights.store is None else self._weights.store.put(y)
             records[name] = _LayerRecord(record.fingerprint, {**record.tensors, "y": kept})
         return Calibration(self.data, self._weights, records, from_cache=self.from_cache)
+
+    def with_router_inputs(self, inputs: Mapping[str, torch.Tensor]) -> Calibration:
+        """The same with other rows [R, F] in front of the routers of some layers, by name.
+
+        For whoever lets a router read something else, where what follows is to route the sample as the model does.
+        """
+        records = dict(self._records)
+        for name, rows in inputs.items():
+            record = records[name]
+            kept: Kept = rows if self._weights.store is None else self._weights.store.put(rows)
+            records[name] = _LayerRecord(record.fingerprint, {**record.tensors, "router_input": kept})
+        return Calibration(self.data, self._weights, records, from_cache=self.from_cache)
+
+    def token_ids(self, sample: LayerSample) -> torch.Tensor:
+        """The token that each row of a sample of all rows is: int64 [R]."""
+        stream = torch.cat([torch.from_numpy(sequence) for sequence in self.data.sequences])
+        return stream[spread_rows(len(stream), len(sample))]
 
     @property
     def has_gradients(self) -> bool:

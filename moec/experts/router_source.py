@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from moec.dialects import aten
+from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertsOp
 from moec.experts.edit import EditError
 from moec.experts.layer import MoeLayer
@@ -21,6 +22,8 @@ from moec.experts.parts import (
 )
 from moec.ir import TensorType, Value
 from moec.weights.context import WeightContext
+
+_FROZEN = "router.frozen.weight"
 
 
 def feed_router(
@@ -62,6 +65,20 @@ def feed_router(
     erase_unused(old)
     settle_names(layer.experts)
     return replace(layer, router=router)
+
+
+def freeze_router(layer: MoeLayer) -> None:
+    """Marks the router as one that nobody trains, by the name of its weight."""
+    weight = layer.router.tensor("weight").defining_op
+    if not isinstance(weight, WeightOp):
+        raise EditError("a router that is computed cannot be frozen", where=layer.name)
+    weight.weight_name = f"{layer.name}.{_FROZEN}"
+
+
+def is_frozen(layer: MoeLayer) -> bool:
+    """Whether nobody may train the router."""
+    weight = layer.router.tensor("weight").defining_op
+    return isinstance(weight, WeightOp) and weight.weight_name.partition("#")[0].endswith(_FROZEN)
 
 
 def follow_router(layer: MoeLayer, leader: MoeLayer) -> MoeLayer:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from moec.calibration.sample import LayerSample
 from moec.dialects.builtin import ModuleOp
 from moec.experts.layer import MoeLayer
 from moec.ir import Operation, TensorType, Value
@@ -50,6 +53,15 @@ def sequence_mean(op: ModuleOp | Operation, layer: MoeLayer) -> Value:
         kind = TensorType((batch, 1, width), dtype)
         mean = build.aten("mean.dim", {"self": wide}, kind, dim=(1,), keepdim=True, dtype=None)
     return build.view(build.expand(mean, (batch, length, width)), sizes)
+
+
+def sequence_means(sample: LayerSample) -> torch.Tensor:
+    """For each row of a sample the mean of what the router read of its sequence, over the rows that the sample has."""
+    sequences = int(sample.sequence.max()) + 1
+    rows = sample.router_input.double()
+    total = torch.zeros(sequences, rows.shape[1], dtype=torch.float64).index_add_(0, sample.sequence, rows)
+    counts = torch.bincount(sample.sequence, minlength=sequences).double().clamp(min=1)[:, None]
+    return (total / counts)[sample.sequence].to(sample.router_input.dtype)
 
 
 def _sum_over_tokens(build: Builder, value: Value, kind: TensorType) -> Value:
