@@ -5,7 +5,7 @@ of its class, `bodies` writes bodies, `edit` changes which experts there are, `b
 makes experts of dense blocks, `run` computes one layer alone.
 """
 
-from moec.experts.dense import DenseLayer, find_dense_layers, load_dense, make_sparse
+from moec.experts.dense import DenseLayer, find_dense_layers, load_dense, make_sparse, replace_dense
 from moec.experts.edit import (
     EditError,
     alias_experts,
@@ -59,6 +59,7 @@ __all__ = [
     "make_sparse",
     "permute_experts",
     "protect_experts",
+    "replace_dense",
     "replace_experts",
     "replace_router",
     "replace_routing",
