@@ -103,6 +103,7 @@ class Factorize(Pass):
         return Claim.LOSSY if self.partition.overlaps else Claim.EXACT
 
     def run(self, op: Operation, context: PassContext) -> None:
+        weights = context.require_weights()
         if self.target is Target.EXPERTS:
             for moe_layer in find_moe_layers(op):
                 self._segment(moe_layer, context)
@@ -112,7 +113,7 @@ class Factorize(Pass):
                 context.refuse(layer.op, "it stands beside experts", self.pass_name)
                 continue
             try:
-                block = load_dense(layer, context.require_weights())
+                block = load_dense(layer, weights)
             except UnreadableExpertError as error:
                 context.refuse(layer.op, error.message, self.pass_name)
                 continue

@@ -261,7 +261,7 @@ def _rebuild(
     """Writes the layer anew: `drafts` are its stored experts in order, `rows` the router outputs that stay."""
     router, route = layer.router, layer.route
     if rows is not None:
-        router, route = _cut_router(layer, rows, routing or layer.route.routing)
+        router, route = cut_router(layer, rows, routing or layer.route.routing)
     members: dict[object, list[int]] = {}
     for number, draft in enumerate(drafts):
         members.setdefault(draft.key, []).append(number)
@@ -380,7 +380,7 @@ def _routing_of(layer: MoeLayer, keep: Sequence[int]) -> Routing:
     return routing
 
 
-def _cut_router(layer: MoeLayer, rows: Sequence[int], routing: Routing) -> tuple[AtenOp, RouteOp]:
+def cut_router(layer: MoeLayer, rows: Sequence[int], routing: Routing) -> tuple[AtenOp, RouteOp]:
     """Router and route for the outputs `rows`."""
     old = layer.route
     if old.score_override is not None or old.forced_ids is not None:

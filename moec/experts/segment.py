@@ -21,7 +21,7 @@ from moec.dialects.moe import (
     WeightFrom,
 )
 from moec.experts.bodies import build_body
-from moec.experts.edit import EditError, _cut_router, replace_experts
+from moec.experts.edit import EditError, cut_router, replace_experts
 from moec.experts.expert import Constant, Expert
 from moec.experts.layer import MoeLayer
 from moec.experts.parts import erase_unused, new_weight, store_tensor
@@ -44,7 +44,7 @@ def segment_experts(
         raise EditError(f"the experts of this layer cannot become finer: {problem}", where=layer.name)
     rows = [output for output in range(layer.outputs) for _ in range(parts)]
     stored = tuple(expert * parts + part if expert >= 0 else -1 for expert in layer.stored for part in range(parts))
-    router, route = _cut_router(layer, rows, finer_routing(layer.route.routing, parts))
+    router, route = cut_router(layer, rows, finer_routing(layer.route.routing, parts))
     count = layer.expert_count * parts
     old = layer.experts
     zeros = new_weight(layer, f"{layer.name}.zeros", store_tensor(weights, torch.zeros(count, 1)), (count, 1))
