@@ -208,7 +208,8 @@ class Context:
     def _without_cast(self, expression: Expression) -> Expression:
         """What a cast is made from, if that lies in a file as it is."""
         if isinstance(expression, Cast) and self.weights.location(expression.operand) is not None:
-            return expression.operand
+            wider = self.weights.shape_dtype(expression.operand)[1].itemsize > expression.dtype.itemsize
+            return expression if wider else expression.operand
         return expression
 
     def _stored(self, expression: Expression, name: str, shape: tuple[int, ...], dtype: DType) -> StoredTensor:

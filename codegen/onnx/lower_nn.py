@@ -32,6 +32,13 @@ def emit_rms_norm(context: Context, op: RMSNormOp) -> ir.Value:
     weight = context.optional(op.weight)
     if weight is not None and op.offset:
         weight = b.op("Add", weight, context.scalar(op.offset, kind.dtype))
+    if op.zero_sum:
+        squares = b.op("ReduceSumSquare", x, b.ints(-1), keepdims=1)
+        total = b.op("ReduceSum", x, b.ints(-1), keepdims=1)
+        whole = b.op("Add", squares, b.op("Mul", total, total))
+        mean = b.op("Div", whole, context.scalar(_static(kind.shape[-1]) + 1.0, kind.dtype))
+        normed = b.op("Div", x, b.op("Sqrt", b.op("Add", mean, context.scalar(op.epsilon, kind.dtype))))
+        return normed if weight is None else b.op("Mul", normed, weight)
     if b.opset >= 23 and weight is not None:
         return b.op("RMSNormalization", x, weight, axis=-1, epsilon=op.epsilon)
     # ONNX Runtime recognises this form and replaces it by one kernel

@@ -64,6 +64,7 @@ def measure_change(
     *,
     check: Check = Check.CHANGED,
     exact: bool = False,
+    layerwise: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> list[LayerChange]:
     """Compares two versions of a model on the inputs of the old and of the new one.
@@ -71,13 +72,13 @@ def measure_change(
     `inputs` with `attention_mask` [batch, seq] leave padding out of the comparison. `Check.CHANGED` measures layers
     that differ, each kind of change once, `Check.FULL` every layer; unchanged layers are then not in the result.
     `exact`: only whether anything changed is asked, so that a layer may start from the output of any layer before it,
-    and those between are not computed.
+    and those between are not computed. Without `layerwise` the models are compared as wholes.
     Raises what `Executor.run` raises.
     """
     if check is Check.NONE:
         return []
     old, new = _Side(before, dtype), _Side(after, dtype)
-    if [segment.name for segment in old.segments] != [segment.name for segment in new.segments]:
+    if not layerwise or [segment.name for segment in old.segments] != [segment.name for segment in new.segments]:
         old.segments, new.segments = (whole(side.function.body, side.executor.steps) for side in (old, new))
     differences: list[SegmentChange] | None = None
     if check is Check.CHANGED and before.weights is after.weights:

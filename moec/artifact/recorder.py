@@ -87,7 +87,14 @@ class LedgerRecorder(Instrument):
             return CheckOutcome.NOT_CHECKED, ()
         before = Module(self._before, self._module.weights, self._module.source)
         inputs = (function_inputs(before.main, self._batch), function_inputs(self._module.main, self._batch))
-        changes = measure_change(before, self._module, inputs, check=self._check, exact=execution.claim is Claim.EXACT)
+        changes = measure_change(
+            before,
+            self._module,
+            inputs,
+            check=self._check,
+            exact=execution.claim is Claim.EXACT,
+            layerwise=execution.instance.layerwise,
+        )
         if execution.claim is Claim.LOSSY:
             return CheckOutcome.MEASURED, tuple(
                 LayerError(layer=change.layer, relative_error=round_error(change.relative_error)) for change in changes

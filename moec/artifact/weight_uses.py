@@ -74,7 +74,9 @@ def _together(known: WeightUse, again: WeightUse) -> WeightUse:
 def _uses_of(module: Module, op: WeightOp) -> Iterator[WeightUse]:
     whole = without_cast(parse_expression(op.source))
     shape = _shape(op.value)
-    itemsize = module.weights.shape_dtype(whole)[1].itemsize
+    assert isinstance(op.value.type, TensorType)
+    # what is kept in float64 for exact comparisons is written in the type of the module
+    itemsize = min(module.weights.shape_dtype(whole)[1].itemsize, op.value.type.dtype.bytes)
     elements = math.prod(shape)
     density = _density(op)
     stacked: ExpertsOp | None = None

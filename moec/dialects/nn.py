@@ -27,6 +27,8 @@ class RMSNormOp(Op, name="nn.rms_norm", pure=True):
     """y = x / sqrt(mean(x^2, last axis) + epsilon) * (weight + offset); Zhang and Sennrich 2019, equation 4.
 
     `x` [..., H] float, `weight` [H]; `offset` is 1 in the Gemma family, whose weights are stored around zero.
+    With `zero_sum`, x and y lack a last channel that is minus the sum of the others, and the mean of the squares is
+    (sum(x^2) + sum(x)^2) / (H + 1); Jiang et al. 2023, section 3.3.
     """
 
     x = Operand()
@@ -34,6 +36,7 @@ class RMSNormOp(Op, name="nn.rms_norm", pure=True):
     y = Result()
     epsilon = Attr(float)
     offset = Attr(float, 0.0)
+    zero_sum = Attr(bool, False)
 
     def infer(self) -> Sequence[Type]:
         kind = tensor_type(self, self.x, "x")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -13,7 +13,8 @@ from moec.experts.layer import MoeLayer
 from moec.ir import Block, DType, Operation, Region, TensorType, Value
 from moec.reference.element_types import stored_type
 from moec.weights.context import WeightContext
-from moec.weights.expression import Expression
+from moec.weights.expression import Cast, Expression
+from moec.weights.tensor_spec import TensorSpec
 
 
 def new_weight(
@@ -75,6 +76,21 @@ def store_tensor(weights: WeightContext, tensor: torch.Tensor, dtype: DType = DT
             "this pass computes weights, but there is no store for them", hint="give the folder of a store"
         )
     return weights.store.put(tensor.detach().to(stored_type(dtype)).contiguous())
+
+
+def store_unrounded(
+    weights: WeightContext, spec: TensorSpec, parts: Iterable[torch.Tensor], dtype: DType
+) -> Expression:
+    """The expression of a tensor of the module's type `dtype` whose float64 numbers come in parts along dimension 0.
+
+    Float64 runs read them as they are (`WeightContext.unrounded`). Raises UsageError where there is no store.
+    """
+    if weights.store is None:
+        raise UsageError(
+            "this pass computes weights, but there is no store for them", hint="give the folder of a store"
+        )
+    stored = weights.store.put_parts(spec, parts)
+    return stored if dtype is DType.F64 else Cast(stored, stored_type(dtype))
 
 
 def copy_region(region: Region) -> Region:

@@ -148,12 +148,14 @@ class PassContext:
 class Pass:
     """Base of all passes. Dataclass fields are the options; the docstring's first line is the summary.
 
-    `anchor` names the operation that the pass runs on: `builtin.module`, `func.func`, or "" for either.
+    `anchor` names the operation that the pass runs on: `builtin.module`, `func.func`, or "" for either. `layerwise`:
+    what layers give to each other keeps its meaning, so that the ledger may compare them one by one.
     """
 
     pass_name: ClassVar[str] = ""
     claim: ClassVar[Claim] = Claim.EXACT
     anchor: ClassVar[str] = ""
+    layerwise: ClassVar[bool] = True
 
     def promise(self) -> Claim:
         """What a run with these options is held to: `claim`, unless they decide."""

@@ -17,7 +17,11 @@ def prepare_rms_norm(op: RMSNormOp) -> Kernel:
 
     def compute(frame: Frame) -> tuple[torch.Tensor]:
         x = frame.tensor(op.x)
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + op.epsilon)
+        if op.zero_sum:
+            mean = (x.square().sum(-1, keepdim=True) + x.sum(-1, keepdim=True).square()) / (x.shape[-1] + 1)
+        else:
+            mean = x.square().mean(-1, keepdim=True)
+        y = x * torch.rsqrt(mean + op.epsilon)
         weight = frame.optional(op.weight)
         return (y if weight is None else y * (weight + op.offset),)
 

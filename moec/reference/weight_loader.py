@@ -12,6 +12,7 @@ from moec.errors import UsageError
 from moec.ir import TensorType
 from moec.reference.element_types import ElementTypes
 from moec.weights.context import WeightContext
+from moec.weights.expression import Expression
 
 
 class WeightLoader:
@@ -39,7 +40,7 @@ class WeightLoader:
         kind = op.value.type
         assert isinstance(kind, TensorType)
         override = self.overrides.get(op.weight_name)
-        found = self._context.load(op.source, slice(start, stop)) if override is None else override[start:stop]
+        found = self._context.load(self._source(op), slice(start, stop)) if override is None else override[start:stop]
         return found.to(self._types[kind.dtype])
 
     def load(self, op: WeightOp, index: int | None = None) -> torch.Tensor:
@@ -54,7 +55,7 @@ class WeightLoader:
             kept = self._kept.get((op, index))
             if kept is not None:
                 return kept
-            found = self._context.load(op.source, index)
+            found = self._context.load(self._source(op), index)
         if tuple(found.shape) != shape:
             raise UsageError(
                 f"the weight {op.weight_name} has shape {list(found.shape)}, the module declares {list(shape)}",
@@ -64,6 +65,9 @@ class WeightLoader:
         if self.keep and override is None:
             self._kept[op, index] = tensor
         return tensor
+
+    def _source(self, op: WeightOp) -> Expression | str:
+        return self._context.unrounded(op.source) if self._types.dtype is torch.float64 else op.source
 
     def forget(self) -> None:
         """Frees everything that was kept."""

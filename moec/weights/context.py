@@ -68,6 +68,16 @@ class WeightContext:
         value = self._evaluator.evaluate(expression, (rows, *region[1:]))
         return value[0] if isinstance(index, int) else value
 
+    def unrounded(self, expression: Expression | str) -> Expression:
+        """What stands for `expression` in float64 arithmetic: without an outermost cast from float64.
+
+        Passes that multiply weights store the products in float64, so that float64 runs see no rounding of theirs.
+        """
+        expression = self._expression(expression)
+        if isinstance(expression, Cast) and self.shape_dtype(expression.operand)[1] is torch.float64:
+            return expression.operand
+        return expression
+
     def chunks(self, expression: Expression | str, limit: int = 64 << 20) -> Iterator[torch.Tensor]:
         """The value of `expression` in parts along dimension 0, each of at most `limit` bytes (or one row).
 

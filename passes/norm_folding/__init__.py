@@ -1,0 +1,1 @@
+"""Parts of `fold-norms`: linear maps wherever they stand, per-channel factors between them, the residual stream."""
