@@ -23,7 +23,9 @@ from moec.experts.dense import DenseLayer
 from moec.frontend.other_sources import OtherSource
 from moec.ir import Operation
 from moec.passes.neuron_pruning.slicing import slicing_problem
+from moec.passes.upcycling.attention import AttentionBlock, find_attention, sharing_problem, soften, widen
 from moec.passes.upcycling.copies import drawn_neurons, shards, ternary, with_new_neurons, with_noise
+from moec.passes.upcycling.parallel import make_parallel
 from moec.passes.upcycling.sources import average_weights, load_dense_of
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
@@ -65,6 +67,14 @@ class Rest(Enum):
     AVERAGE = "average"  # the mean over the models that give experts
 
 
+class Attention(Enum):
+    """What becomes of attention where there are several models."""
+
+    KEEP = "keep"  # it is as all that is outside of experts
+    SOFT_EXPERTS = "soft-experts"  # that of every model, weighed by a router of its own
+    SOFT_EXPERTS_SHARED_KV = "soft-experts-shared-kv"  # queries and outputs of every model, keys and values of one
+
+
 class Gates(Enum):
     """What the outputs of the chosen experts are multiplied with."""
 
@@ -87,15 +97,19 @@ class Upcycle(Pass):
 
     4. With `sources=all` expert i is the block of model i (`--with`), bit by bit, and with `rest=average` every other
        weight is the mean over the models, taken in float32 and rounded once.
+    5. `attention=soft-experts` also runs every model's attention on every token and adds up what they give, by the
+       softmax of a second router; each has a cache of its own. With shared keys and values it is one attention with the
+       queries of all, and the cache is that of one model.
 
     The claim is exact for plain copies whose gates add up to one, and lossy for everything else. Sparse Upcycling
     (Komatsuzaki et al. 2022), Drop-Upcycling (Nakamura et al. 2025), virtual groups (He et al. 2024, with their factor
-    moved off gate), Branch-Train-MiX (Sukhbaatar et al. 2024), MoTE, Dynamic-DINO.
+    moved off gate), Branch-Train-MiX (Sukhbaatar et al. 2024), BAM (Zhang et al. 2024), MoTE, Dynamic-DINO.
     """
 
     claim: ClassVar[Claim] = Claim.LOSSY
     blocks = Statistic("dense blocks that became layers of experts")
     averaged = Statistic("weights that are averages over models")
+    attentions = Statistic("attention layers that became soft experts")
     experts: int = option("copies of each block; 0: eight, or one of every source", 0)
     sources: Sources = option("whose blocks become experts", Sources.SELF)
     rest: Rest = option("what weights outside of experts are", Rest.FIRST)
@@ -109,6 +123,8 @@ class Upcycle(Pass):
     aligned: bool = option("draw the same neurons anew in all matrices of an expert", True)
     shared: Shared = option("what every token runs beside its experts", Shared.NONE)
     scale: float = option("factor of the sum of experts", 1.0)
+    attention: Attention = option("what becomes of attention where there are several models", Attention.KEEP)
+    parallel: bool = option("let feed-forward blocks read what their attention reads", False)
     every: int = option("only every n-th block, the n-th first", 1)
     layers: tuple[int, ...] = option("only the blocks of these numbers, counted from 0", ())
     deviation: float = option("standard deviation of the router's weights", 0.02)
@@ -121,6 +137,8 @@ class Upcycle(Pass):
             raise ValueError("experts must not be negative")
         if self.sources is Sources.SELF and self.rest is Rest.AVERAGE:
             raise ValueError("rest=average needs sources=all or sources=others")
+        if self.sources is Sources.SELF and (self.attention is not Attention.KEEP or self.parallel):
+            raise ValueError("attention and parallel need sources=all or sources=others")
         if self.sources is not Sources.SELF and self.experts:
             raise ValueError("of several sources each gives one expert, so experts cannot be chosen")
         if self.k < 0 or self.noise < 0 or not 0 <= self.ratio <= 1:
@@ -169,10 +187,21 @@ class Upcycle(Pass):
             sources = [None, *others] if self.sources is Sources.ALL else list(others)
             if self.k > len(sources) * self.granularity:
                 raise UsageError(f"{self.k} experts cannot be chosen among {len(sources) * self.granularity}")
+        attention = self._attention_blocks(op, context)
         if self.rest is Rest.AVERAGE:
             inside = {value.defining_op for layer in chosen for value in layer.op.weights}
             left = {weight for weight in inside if weight is not None}
+            for place in attention:
+                shared = self.attention is Attention.SOFT_EXPERTS_SHARED_KV
+                left |= place.weights_of_one_expert() if shared else place.weights()
             context.count(self.averaged, average_weights(op, weights, sources, left))
+        if self.parallel:
+            known = [place for _, place in find_attention(op) if not isinstance(place, str)]
+            for layer in chosen:
+                if not make_parallel(layer, known):
+                    context.refuse(layer.op, "it reads no sum of its block's input and attention", self.pass_name)
+        for number, place in enumerate(attention):
+            self._soften(place, number, sources, context)
         for layer in chosen:
             try:
                 block = load_dense(layer, weights)
@@ -214,6 +243,30 @@ class Upcycle(Pass):
                     "other neurons are drawn anew in each matrix, so that more than `ratio` of them are broken",
                 )
             context.count(self.blocks)
+
+    def _attention_blocks(self, op: Operation, context: PassContext) -> list[AttentionBlock]:
+        """The attention layers that become soft experts."""
+        if self.attention is Attention.KEEP:
+            return []
+        found = []
+        for place, block in find_attention(op):
+            problem = block if isinstance(block, str) else ""
+            if not isinstance(block, str) and self.attention is Attention.SOFT_EXPERTS_SHARED_KV:
+                problem = sharing_problem(block)
+            if problem or isinstance(block, str):
+                context.refuse(place, problem, self.pass_name)
+            else:
+                found.append(block)
+        return found
+
+    def _soften(
+        self, block: AttentionBlock, number: int, sources: list[OtherSource | None], context: PassContext
+    ) -> None:
+        generator = torch.Generator().manual_seed(context.seed * 1_000_003 + 500_000 + number)
+        router = torch.randn(len(sources), block.hidden_size, generator=generator) * self.deviation
+        change = widen if self.attention is Attention.SOFT_EXPERTS_SHARED_KV else soften
+        change(block, context.require_weights(), sources, router)
+        context.count(self.attentions)
 
     def _chosen(self, blocks: list[DenseLayer]) -> list[DenseLayer]:
         if not blocks:

@@ -107,7 +107,7 @@ def test_the_source_decides_between_recipes_of_one_name() -> None:
 @pytest.mark.parametrize(
     ("options", "model", "parts"),
     [
-        (CompileOptions(recipe="reap"), DENSE, ("reap is for models with experts", "recipes for it are best")),
+        (CompileOptions(recipe="reap"), DENSE, ("reap is for models with experts", "recipes for it are", "best, ")),
         (CompileOptions(budget="50%"), DENSE, ("this model has none", "--recipe 'best{k=2}'")),
         (CompileOptions(recipe="best", budget="50%"), DENSE, ("does not shrink", "experts, k, sequences, length")),
         (CompileOptions(recipe="best{kk=4}"), DENSE, ("no parameter 'kk'", "did you mean 'k'")),
