@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, refuse, tensor_of
+from moec.codegen.onnx.packed.product import named_packed, packed_product
 from moec.codegen.onnx.registry import emits, operand, result_type
 from moec.dialects.aten import AtenOp
 from moec.ir.dimensions import DimExpr
@@ -22,10 +23,13 @@ def _linear(context: Context, op: AtenOp) -> ir.Value:
 def linear(context: Context, x: ir.Value, kind: TensorType, weight: Value, bias: ir.Value | None) -> ir.Value:
     """x [..., in] times the transpose of weight [out, in], plus bias [out].
 
-    A weight that an embedding reads too stays as it is stored and goes to Gemm, which takes it transposed; any other
-    one is stored as [in, out].
+    A packed weight stays packed. Any other one that an embedding reads too stays as it is stored and goes to Gemm,
+    which takes it transposed; the rest is stored as [in, out].
     """
     b = context.builder
+    packed = named_packed(context, weight)
+    if packed is not None:
+        return packed_product(context, x, packed, bias)
     named = context.named_weight(weight)
     shape = tensor_of(weight).shape
     if named is not None and len(shape) == 2:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, refuse, reshape_target, tensor_of
+from moec.codegen.onnx.packed.product import named_packed, packed_rows
 from moec.codegen.onnx.registry import cast_to, emits, normalized_axis, operand, result_type, self_type
 from moec.dialects.aten import AtenOp
 from moec.ir.dimensions import DimExpr
@@ -167,6 +168,9 @@ def _index_select(context: Context, op: AtenOp) -> ir.Value:
 
 @emits("embedding.default")
 def _embedding(context: Context, op: AtenOp) -> ir.Value:
+    packed = named_packed(context, op.tensor("weight"))
+    if packed is not None:
+        return packed_rows(context, packed, context.value(op.tensor("indices")))
     return context.builder.op("Gather", context.value(op.tensor("weight")), context.value(op.tensor("indices")), axis=0)
 
 

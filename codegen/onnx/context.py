@@ -14,6 +14,7 @@ import torch
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.external_data import FileRange, StoredTensor
 from moec.codegen.onnx.graph import GraphBuilder
+from moec.codegen.onnx.packed.kernel_form import Activations
 from moec.codegen.onnx.targets import Target
 from moec.dialects.builtin import ConstantOp, WeightOp
 from moec.errors import UnsupportedModelError
@@ -56,6 +57,8 @@ class EmitOptions:
     tokens: int = 1
     # one lowering for all layers, whatever the cost model says
     lowering: Lowering | None = None
+    # what packed weights are multiplied with, where the target has an operator for them
+    activations: Activations = Activations.FLOAT32
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Context:
     weights: WeightContext
     options: EmitOptions
     values: dict[Value, ir.Value] = field(default_factory=dict)
+    # values that are emitted when something reads them: packed weights, which most readers take as they are
+    late_values: dict[Value, Callable[[], ir.Value]] = field(default_factory=dict)
     # arguments of a region that stand for a value outside
     aliases: dict[Value, Value] = field(default_factory=dict)
     sizes: dict[str, ir.Value] = field(default_factory=dict)
@@ -111,6 +116,8 @@ class Context:
                 found = self.weight(parse_expression(op.source), op.weight_name)
             elif isinstance(op, ConstantOp):
                 found = self.builder.constant(constant_array(op))
+            elif value in self.late_values:
+                found = self.late_values[value]()
             else:
                 raise KeyError(value)
             self.values[value] = found
@@ -192,6 +199,22 @@ class Context:
             stored = _dtype(self.weights.shape_dtype(expression)[1])
         value = self.builder.weight(str(expression), self._stored(expression, name, shape, stored))
         return value if stored is dtype else self.builder.cast(value, dtype)
+
+    def stored_as_is(self, expression: Expression, name: str) -> ir.Value:
+        """The weight in the element type that it has: scales of a packed matrix stay as they are in a float16 file."""
+        shape, dtype = self.weights.shape_dtype(expression)
+        return self.builder.weight(str(expression), self._stored(expression, name, shape, _dtype(dtype)))
+
+    def run_time_zero(self) -> ir.Value:
+        """int64 [1], zero, computed from what the model is fed.
+
+        What is read at this index is not known before the model runs, so a runtime cannot unpack it when it loads.
+        """
+        if self.sizes:
+            return self.builder.op("Min", next(iter(self.sizes.values())), self.builder.ints(0))
+        flat = self.builder.reshape(self.builder.inputs[0], (-1,))
+        first = self.builder.op("Slice", flat, self.builder.ints(0), self.builder.ints(1))
+        return self.builder.op("ArgMax", first, axis=0, keepdims=1)
 
     def transposed(self, expression: Expression, name: str) -> ir.Value:
         """The matrix `expression` transposed."""

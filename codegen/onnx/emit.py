@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 import moec
 from moec.artifact.options import OptimizeFor
-from moec.codegen.onnx import aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn
+from moec.codegen.onnx import aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn, lower_quant
 from moec.codegen.onnx.context import Context, EmitOptions, tensor_of
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.deploy_files import write_genai_config, write_lowering_report
@@ -19,10 +19,12 @@ from moec.codegen.onnx.external_data import Placement, StoredTensor, hard_link, 
 from moec.codegen.onnx.fallback_function import fallback_function
 from moec.codegen.onnx.graph import ONNX_DTYPES, GraphBuilder
 from moec.codegen.onnx.lower_moe import LayerLowering
+from moec.codegen.onnx.packed.kernel_form import Activations
 from moec.codegen.onnx.registry import emit_block
 from moec.codegen.onnx.targets import Target
 from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import FuncOp, WeightOp
+from moec.dialects.quant import DequantOp
 from moec.ir.dimensions import DimExpr, symbol
 from moec.ir.types import DType
 from moec.module import Module
@@ -31,7 +33,7 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
 # imported for the emissions that they register
-_EMISSION_MODULES = (aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn)
+_EMISSION_MODULES = (aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn, lower_quant)
 
 _EXPECTED_TOKENS = {OptimizeFor.DECODE: 1, OptimizeFor.PREFILL: 512}
 
@@ -79,21 +81,23 @@ def emit_onnx(
     weights_in_place: bool = False,
     optimize_for: OptimizeFor = OptimizeFor.DECODE,
     lowering: Lowering | None = None,
+    activations: Activations = Activations.FLOAT32,
 ) -> OnnxReport:
     """Writes `model.onnx` and `model.onnx.data` into `folder`.
 
     `dtype` is how matrices are stored, float32 or float16; arithmetic is float32. `optimize_for` and the sizes of a
     layer decide how its experts are lowered, unless `lowering` names one form for all. `weights_in_place` stores no
-    weight that lies in the checkpoint as it is needed, but links the checkpoint's files.
+    weight that lies in the checkpoint as it is needed, but links the checkpoint's files. `activations` are what packed
+    weights are multiplied with where the target has an operator for them.
 
     Raises UnsupportedModelError for an operation without ONNX form or a weight that float16 cannot hold, ResourceError
     where the files cannot be written.
     """
     profile = target.profile
     builder = GraphBuilder(profile.opset)
-    context = Context(
-        builder, module.weights, EmitOptions(target, dtype, weights_in_place, _EXPECTED_TOKENS[optimize_for], lowering)
-    )
+    tokens = _EXPECTED_TOKENS[optimize_for]
+    options = EmitOptions(target, dtype, weights_in_place, tokens, lowering, activations)
+    context = Context(builder, module.weights, options)
     emit_function(context, module.main)
     folder.mkdir(parents=True, exist_ok=True)
     placements, data = _store(builder.stored, folder)
@@ -144,6 +148,8 @@ def _gathered(function: FuncOp) -> frozenset[str]:
     for op in function.body:
         if isinstance(op, AtenOp) and op.name == "aten.embedding.default":
             weight = op.tensor("weight").defining_op
+            if isinstance(weight, DequantOp):
+                found |= {part.source for value in weight.operands if isinstance(part := value.defining_op, WeightOp)}
             if isinstance(weight, WeightOp):
                 found.add(weight.source)
     return frozenset(found)
@@ -187,7 +193,9 @@ def _model(context: Context, placements: dict[str, Placement], folder: Path) -> 
             name=tensor.name,
             base_dir=folder,
         )
-    opsets = {domain: profile.opset if domain == "" else 1 for domain in sorted({"", *builder.domains})}
+    functions = [context.functions[name] for name in sorted(context.functions)]
+    inside = {domain for function in functions for domain in function.opset_imports}
+    opsets = {domain: 1 if domain else profile.opset for domain in sorted({"", *builder.domains, *inside})}
     graph = ir.Graph(
         builder.inputs,
         builder.outputs,
@@ -196,7 +204,6 @@ def _model(context: Context, placements: dict[str, Placement], folder: Path) -> 
         opset_imports=opsets,
         name="main",
     )
-    functions = [context.functions[name] for name in sorted(context.functions)]
     functions += [fallback_function(profile.opset, form) for form in dict.fromkeys(context.fallbacks)]
     return ir.Model(
         graph,

@@ -8,9 +8,10 @@ from functools import partial
 
 import onnx_ir as ir
 
-from moec.codegen.onnx.context import Context, refuse, tensor_of
+from moec.codegen.onnx.context import Context, NamedWeight, refuse, tensor_of
 from moec.codegen.onnx.expert_products import Product, Stacks, divided, find_products, is_spread
 from moec.codegen.onnx.expert_rows import ClassRows
+from moec.codegen.onnx.packed.product import packed_product
 from moec.codegen.onnx.registry import emit_operation
 from moec.dialects.builtin import ConstantOp
 from moec.dialects.moe import ExpertsOp
@@ -127,14 +128,19 @@ class BodyWalk:
         return self.b.ops("Split", self._value(rows), self.rows.counts(), outputs=self.rows.experts, axis=0)
 
     def _multiply(self, rows: ir.Value, index: int, weight: Stacks, bias: Stacks | None) -> ir.Value:
+        offset = None
+        if bias is not None:
+            offset = self.context.weight(_row(bias, index, self.context), _row_name(bias, index))
+        if weight.packed is not None:
+            packed = weight.packed.map(
+                lambda _, stack: NamedWeight(_row(stack, index, self.context), _row_name(stack, index))
+            )
+            return packed_product(self.context, rows, packed, offset)
         matrix = _row(weight, index, self.context)
         # Gemm takes either layout, so the checkpoint's own is kept
         swapped = isinstance(matrix, Transpose)
         stored = _transposed(matrix) if swapped else matrix
         value = self.context.weight(stored, _row_name(weight, index))
-        offset = None
-        if bias is not None:
-            offset = self.context.weight(_row(bias, index, self.context), _row_name(bias, index))
         return self.b.op("Gemm", rows, value, offset, transB=0 if swapped else 1)
 
     # everything else
@@ -211,7 +217,12 @@ def _row_name(stack: Stacks, index: int) -> str:
 
 def _may_join(left: Product, right: Product) -> bool:
     """Whether two products have the same rows and can be one."""
+    if left is right:
+        return True
     shared = left.weight.is_shared or right.weight.is_shared
+    packed = left.weight.packed is not None or right.weight.packed is not None
+    if packed:
+        return False
     return left.rows is right.rows and (left.bias is None) == (right.bias is None) and not shared
 
 

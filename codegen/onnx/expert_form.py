@@ -132,6 +132,8 @@ def _two_layers(block: Block, found: BodyProducts) -> tuple[list[Product], Produ
     first = [product for product in found.products if product.rows is block.arguments[0]]
     if second is None or not first or len(first) > 2 or len(found.products) != len(first) + 1:
         raise NotFused("an expert is not two products with an activation between them")
+    if any(product.weight.packed is not None for product in found.products):
+        raise NotFused("the weights of its experts are packed")
     if len({product.bias is None for product in first}) > 1:
         raise NotFused("one of the gate and up products has a bias, the other has none")
     return first, second

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 from moec.codegen.onnx.aten_shape import permutation
 from moec.codegen.onnx.context import refuse, tensor_of
+from moec.codegen.onnx.packed.matrix import PackedMatrix, packed_matrix
 from moec.codegen.onnx.registry import normalized_axis
 from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import ConstantOp
+from moec.dialects.quant import DequantOp
 from moec.ir.operation import Block, Operation, Value
 from moec.weights.expression import Expression, Permute, Slice, Stack, Transpose
 
@@ -24,13 +26,14 @@ class Stacks:
     """One weight per expert: `expression` has a leading axis of experts, `shape` is that of one expert.
 
     With `rows_per_token` the weight is one for all experts of the class, the leading axis is 1, and so many slots of a
-    token come to it on average.
+    token come to it on average. A `packed` matrix has its operands there; its expression is that of its codes.
     """
 
     expression: Expression
     name: str
     shape: tuple[int, ...]
     rows_per_token: float | None = None
+    packed: PackedMatrix[Stacks] | None = None
 
     @property
     def is_shared(self) -> bool:
@@ -65,7 +68,7 @@ class BodyProducts:
 def find_products(block: Block, stacks: Sequence[Stacks]) -> BodyProducts:
     """Looks through the body for weights `stacks`, one per argument after the rows.
 
-    Raises UnsupportedModelError where a weight is computed from weights by more than a view.
+    Raises UnsupportedModelError where a weight is computed from weights by more than unpacking and views.
     """
     known: dict[Value, Stacks] = dict(zip(block.arguments[1:], stacks, strict=True))
     products: list[Product] = []
@@ -94,6 +97,8 @@ def divided(product: Product) -> list[Product]:
     Rows of gate and up then come out of their products apart, which saves cutting the result.
     """
     width = product.weight.shape[0]
+    if product.weight.packed is not None:
+        return [product]
     parts: list[Product] = []
     for op in product.result.users:
         cuts = _cuts(op, width)
@@ -144,8 +149,16 @@ def _columns(stack: Stacks, cut: range) -> Stacks:
 
 
 def _derive(op: Operation, stacks: dict[Value, Stacks]) -> None:
-    """A view of a weight stays a weight."""
+    """A view of a weight stays a weight, and so does a packed matrix."""
     source = stacks[op.operands[0]]
+    if isinstance(op, DequantOp):
+        packed = packed_matrix(op).map(lambda _, value: stacks[value])
+        shape = (packed.rows, packed.columns)
+        shared = source.rows_per_token if all(stack.is_shared for _, stack in packed.operands) else None
+        stacks[op.weight] = Stacks(source.expression, source.name, shape, shared, packed)
+        return
+    if source.packed is not None:
+        raise refuse(op, "it changes a packed weight of an expert")
     if isinstance(op, AtenOp) and op.operand_count == 1:
         if op.name in _COPIES:
             stacks[op.results[0]] = source
@@ -186,6 +199,8 @@ def _product(op: Operation, stacks: dict[Value, Stacks]) -> Product | None:
     if bias is not None and bias not in stacks:
         raise refuse(op, "a bias that is not a weight of the expert")
     weight = stacks[right]
+    if weight.packed is not None and op.name != "aten.linear.default":
+        raise refuse(op, "it multiplies with a packed weight that is not transposed")
     if op.name != "aten.linear.default":
         weight = _permuted(weight, (1, 0))
     return Product(op, op.results[0], left, weight, None if bias is None else stacks[bias])

@@ -8,16 +8,20 @@ machine's limit (`tests/benchmarks/lowerings.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, refuse, tensor_of
 from moec.codegen.onnx.cost_model import ONE_NODE_EXPERTS, computes_each
 from moec.codegen.onnx.expert_body import BodyWalk
-from moec.codegen.onnx.expert_products import Stacks, shared_stack
+from moec.codegen.onnx.expert_products import Stacks, find_products, shared_stack
 from moec.codegen.onnx.expert_rows import ClassRows, SortedSlots, experts_shape, sort_slots, static_size
+from moec.codegen.onnx.experts_loop import emit_loop
 from moec.codegen.onnx.merged_slots import merging_pays
+from moec.codegen.onnx.packed.product import usable_form
 from moec.dialects.moe import ExpertClass, ExpertsOp
-from moec.ir.operation import Value
+from moec.ir.operation import Block, Value
 
 # In the portable form a layer is to have no more than 2 E + 40 nodes, so only few experts can have three each.
 PORTABLE_APART_EXPERTS = 9
@@ -50,9 +54,19 @@ def _class_output(
     _, _, region = list(op.class_operands())[number]
     with context.builder.scope(f"class_{number}" if len(op.classes) > 1 else "experts"):
         rows = ClassRows(context.builder, x, slots, number)
+        stacks = class_stacks(context, op, number)
+        if decodes(context, region.block, stacks):
+            hidden = static_size(op, tensor_of(op.x).shape[1])
+            return (emit_loop(context, op, rows, hidden, region.block, stacks),)
         apart = _apart(context, op)
         walk = BodyWalk(context, op, rows, apart=apart, each=apart and _each(context, op))
-        return walk.run(region.block, class_stacks(context, op, number))
+        return walk.run(region.block, stacks)
+
+
+def decodes(context: Context, block: Block, stacks: Sequence[Stacks]) -> bool:
+    """Whether experts with the body `block` have a packed matrix that the target can only decode."""
+    matrices = [product.weight.packed for product in find_products(block, stacks).products]
+    return any(packed and usable_form(context, packed.format, packed.columns) is None for packed in matrices)
 
 
 def _apart(context: Context, op: ExpertsOp) -> bool:

@@ -141,6 +141,8 @@ class GraphBuilder:
 
     def weight(self, key: str, tensor: StoredTensor) -> ir.Value:
         """An initialiser whose data goes to the external file; the same key gives the same value."""
+        if self._outermost is not self:
+            return self._outermost.weight(key, tensor)
         key = f"{tensor.dtype.value} {key}"
         found = self._shared.weights.get(key)
         if found is None:
@@ -186,7 +188,8 @@ class GraphBuilder:
 
     def to_graph(self, name: str) -> ir.Graph:
         """The body of a control-flow node or function."""
-        return ir.Graph(self.inputs, self.outputs, nodes=self.nodes, name=name, opset_imports={"": self.opset})
+        opsets = {domain: 1 if domain else self.opset for domain in sorted({"", *self.domains})}
+        return ir.Graph(self.inputs, self.outputs, nodes=self.nodes, name=name, opset_imports=opsets)
 
     # arithmetic on shapes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import onnx_ir as ir
@@ -10,6 +11,7 @@ import onnx_ir as ir
 from moec.codegen.onnx.context import Context, refuse, tensor_of
 from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import ConstantOp, WeightOp
+from moec.dialects.quant import DequantOp
 from moec.ir.dimensions import DimExpr
 from moec.ir.operation import Block, Operation
 from moec.ir.types import DType, TensorType
@@ -66,10 +68,17 @@ def emit_block(context: Context, block: Block) -> tuple[ir.Value, ...]:
         # weights and constants are emitted where they are first read
         if isinstance(op, WeightOp | ConstantOp) or op in context.skipped:
             continue
+        if isinstance(op, DequantOp):
+            context.late_values[op.weight] = partial(_first_value, context, op)
+            continue
         with context.builder.scope_of(op.location.name):
             values = emit_operation(context, op)
         context.values.update(zip(op.results, values, strict=False))
     return tuple(context.value(value) for value in block.terminator.operands)
+
+
+def _first_value(context: Context, op: Operation) -> ir.Value:
+    return emit_operation(context, op)[0]
 
 
 def result_type(op: AtenOp) -> TensorType:
