@@ -13,6 +13,7 @@ import moec
 from moec.artifact.checkpoint import compare_checkpoint, emit_checkpoint
 from moec.artifact.emission import emit_folder
 from moec.artifact.folder import atomic_folder
+from moec.artifact.kernel_check import compare_kernels, emit_kernels
 from moec.artifact.ledger import LedgerEntry
 from moec.artifact.manifest import (
     BuildRecord,
@@ -34,8 +35,8 @@ from moec.artifact.measurements import (
 )
 from moec.artifact.memory import MemoryWatch
 from moec.artifact.model_card import Card, measure_card_loss, write_card
-from moec.artifact.opened import CHECKPOINT_FOLDER, MODEL_FILE, MODULE_FILE, ONNX_FOLDER
-from moec.artifact.options import COPIED_FILES, Backend, CompileOptions
+from moec.artifact.opened import CHECKPOINT_FOLDER, MODEL_FILE, MODULE_FILE, ONNX_FOLDER, TRITON_FOLDER
+from moec.artifact.options import COPIED_FILES, Backend, CompileOptions, OutputDType
 from moec.artifact.plan import plan_compilation
 from moec.artifact.record import write_record
 from moec.artifact.recorder import LedgerRecorder
@@ -93,7 +94,11 @@ def compile_folder(
         raise UsageError("there is no such file to calibrate on", where=str(options.calibration))
     parse_target(options.target)
     if not options.emit:
-        raise UsageError("nothing would be emitted", hint="name a backend: onnx, huggingface or both")
+        raise UsageError("nothing would be emitted", hint="name a backend: onnx, huggingface, triton")
+    if Backend.ONNX in options.emit and options.dtype is OutputDType.BFLOAT16:
+        raise UsageError(
+            "an ONNX artifact has no bfloat16", hint="take float32 or float16, or emit triton or huggingface alone"
+        )
     with atomic_folder(output, replace=replace) as folder, MemoryWatch() as memory:
         watch = Stopwatch(memory)
 
@@ -147,6 +152,9 @@ def compile_folder(
                     measure_card_loss(original, module, options.text),
                 )
                 write_card(folder / CHECKPOINT_FOLDER, card)
+        if Backend.TRITON in options.emit:
+            with step("emit Triton"):
+                emit_kernels(module, folder / TRITON_FOLDER, options.dtype)
         rows: list[VerificationRow] = []
         if options.verify:
             batch = verification_batch(module, text=options.text, seed=options.seed)
@@ -162,6 +170,10 @@ def compile_folder(
             if Backend.HUGGINGFACE in options.emit:
                 with step("verify checkpoint"):
                     rows += compare_checkpoint(folder / CHECKPOINT_FOLDER, module, batch, options.checkpoint.dtype)
+                    require_rows(rows)
+            if Backend.TRITON in options.emit:
+                with step("verify kernels"):
+                    rows += compare_kernels(folder / TRITON_FOLDER, module, batch, options.dtype)
                     require_rows(rows)
         with step("digest"):
             manifest = _manifest(source, module, options, pipeline, recorder.entries, rows, folder)

@@ -19,6 +19,7 @@ MODULE_FILE = "module.mlir"
 ONNX_FOLDER = "onnx"
 MODEL_FILE = "model.onnx"
 CHECKPOINT_FOLDER = "huggingface"
+TRITON_FOLDER = "triton"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Artifact:
     def checkpoint(self) -> Path:
         """The Hugging Face checkpoint, where the artifact has one."""
         return self.folder / CHECKPOINT_FOLDER
+
+    @property
+    def kernels(self) -> Path:
+        """The folder of the package of kernels, where the artifact has one."""
+        return self.folder / TRITON_FOLDER
 
     def has(self, backend: Backend) -> bool:
         """Whether the artifact was compiled for a backend."""

@@ -53,6 +53,7 @@ class OutputDType(Enum):
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"  # of kernels only: ONNX artifacts have float32 or float16
 
     @property
     def itemsize(self) -> int:
@@ -65,6 +66,7 @@ class Backend(Enum):
 
     ONNX = "onnx"
     HUGGINGFACE = "huggingface"
+    TRITON = "triton"
 
 
 class CheckpointDType(Enum):

@@ -9,6 +9,7 @@ from pathlib import Path
 from moec.artifact.checkpoint import compare_checkpoint, differing_tensor, emit_checkpoint
 from moec.artifact.compilation import is_exact, source_files
 from moec.artifact.emission import emit_folder
+from moec.artifact.kernel_check import compare_kernels
 from moec.artifact.localisation import Difference, first_difference
 from moec.artifact.manifest import check_files, describe_file
 from moec.artifact.measurements import VerificationRow
@@ -79,6 +80,10 @@ def verify_folder(
         if artifact.has(Backend.HUGGINGFACE):
             progress("comparing the checkpoint")
             rows.extend(compare_checkpoint(artifact.checkpoint, module, batch, CheckpointDType(build.checkpoint_dtype)))
+            require_rows(rows)
+        if artifact.has(Backend.TRITON):
+            progress("comparing the kernels")
+            rows.extend(compare_kernels(artifact.kernels, module, batch, OutputDType(build.dtype)))
             require_rows(rows)
 
     wrong = _failure(compare)

@@ -51,7 +51,7 @@ PluginsOption = Annotated[
     typer.Option("--load-pass-plugin", metavar="FILE.py|MODULE", help="Import this, so that its passes can be named."),
 ]
 EmitOption = Annotated[
-    str, typer.Option("--emit", metavar="onnx,huggingface", help="What to write, separated by commas.")
+    str, typer.Option("--emit", metavar="onnx,huggingface,triton", help="What to write, separated by commas.")
 ]
 UniformOption = Annotated[
     bool,

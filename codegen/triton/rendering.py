@@ -1,0 +1,154 @@
+"""Fills the templates: the source of a package from kinds of layers. Nothing of a model's names gets into source."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from moec.codegen.triton.packing import TABLE_COLUMNS, Column
+from moec.codegen.triton.spec import PLANE_BLOCK, WIDTH_UNIT, Element, LayerKind, Product
+from moec.dialects.moe import Select
+
+PACKAGE_NAME = "moec_kernels"
+"""The name of the package, and of its folder."""
+
+ROUTE_OPERANDS = ("logit_bias", "mask", "select_bias", "per_expert_scale")
+"""Vectors with one number per router output that a route may have, in the order of the kernel's arguments."""
+
+_ROUTE_BLOCK = 1024  # numbers of a block of logits
+_SHANNON = 1e-6  # orders of entropy this near to 1 are 1, as in the reference
+# finite stand-ins for minus infinity: masked, lower than every choice, and taken already
+_NEVER, _LOWEST, _TAKEN = "-1.0e30", "-3.3e38", "-3.4e38"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A function of a kernel file that makes numbers of the codes of one plane of words."""
+
+    name: str
+    description: str
+    mask: int
+    expression: str
+
+
+def render_package(kinds: Sequence[LayerKind]) -> dict[str, str]:
+    """The files of the package by name, without weights and tables. Equal kinds give equal text."""
+    found = {}
+    for number, kind in enumerate(kinds):
+        values = _values(kind, f"kind_{number}")
+        found[f"kind_{number}.py"] = _render("kernels.py.j2", **values)
+        found[f"reference_{number}.py"] = _render("reference.py.j2", **values)
+    digest = hashlib.sha256("".join(found.values()).encode()).hexdigest()[:12]
+    shared = {
+        "package": PACKAGE_NAME,
+        "kinds": len(kinds),
+        "namespace": f"moec_{digest}",
+        "element": kinds[0].element.value,
+    }
+    for name in ("__init__.py", "blocks.py", "launch.py", "operators.py", "sorting.py", "tiles.py"):
+        found[name] = _render(f"{name}.j2", **shared)
+    return found
+
+
+def tensor_names(product: Product, side: str) -> tuple[str, ...]:
+    """The tensors of the weights of a product, in the order of a kernel's arguments."""
+    names = []
+    for item in product.formats:
+        names.append(f"{side}_{item.name}")
+        names += [f"{side}_{item.name}_scales"] * item.packed
+        names += [f"{side}_{item.name}_zeros"] * item.zero_points
+    return tuple(names)
+
+
+def route_operands(kind: LayerKind) -> tuple[str, ...]:
+    """The vectors that the route of a kind of layer has."""
+    return tuple(name for name in ROUTE_OPERANDS if getattr(kind.route_operands, name))
+
+
+def _values(kind: LayerKind, name: str) -> dict[str, object]:
+    routing = kind.routing
+    outputs_padded = _power_of_two(kind.outputs)
+    last_ranks = {Select.TOPK: routing.rank_offset + routing.k, Select.PER_GROUP_TOPK: routing.k}
+    return {
+        "kind": kind,
+        "routing": routing,
+        "name": name,
+        "route_operands": route_operands(kind),
+        "input_names": tensor_names(kind.gate_up, "input"),
+        "output_names": tensor_names(kind.down, "output"),
+        "decoders": _decoders(kind),
+        "outputs_padded": outputs_padded,
+        "experts_padded": _power_of_two(kind.experts),
+        "slots_padded": _power_of_two(kind.top_k),
+        "groups_padded": _power_of_two(routing.groups),
+        "ranks": last_ranks.get(routing.select, kind.outputs),
+        "route_tokens": max(1, _ROUTE_BLOCK // outputs_padded) if outputs_padded < _ROUTE_BLOCK else 1,
+        "entropy_is_shannon": abs(routing.entropy_q - 1.0) < _SHANNON,
+        "table_columns": TABLE_COLUMNS,
+        "bias_column": int(Column.BIAS_OFFSET),
+        "width_unit": WIDTH_UNIT,
+        "plane_block": PLANE_BLOCK,
+        "never": _NEVER,
+        "lowest": _LOWEST,
+        "taken": _TAKEN,
+    }
+
+
+def _decoders(kind: LayerKind) -> tuple[Decoder, ...]:
+    found: dict[str, Decoder] = {}
+    for item in (*kind.input_formats, *kind.output_formats):
+        if item.planes == 1:
+            continue
+        what = f"Numbers of the {item.bits}-bit codes from bit SHIFT on, the code {item.middle} being zero."
+        found[item.decoder] = Decoder(item.decoder, what, 2**item.bits - 1, _decoded(kind.element, item.middle))
+    return tuple(found[name] for name in sorted(found))
+
+
+def _decoded(element: Element, middle: int) -> str:
+    """Codes below the lowest bit of the fraction of a power of two are exact, and cheaper than a conversion."""
+    match element:
+        case Element.BFLOAT16:
+            return f"(codes | 0x4300).to(tl.bfloat16, bitcast=True) - {128.0 + middle}"
+        case Element.FLOAT16:
+            return f"(codes | 0x6400).to(tl.float16, bitcast=True) - {1024.0 + middle}"
+        case Element.FLOAT32:
+            return f"codes.to(tl.float32) - {float(middle)}"
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("moec.codegen.triton", "templates"),
+        undefined=StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
+    )
+    environment.filters["quoted"] = _quoted
+    return environment
+
+
+def _quoted(value: object) -> str:
+    """A string or a tuple of strings as Python source."""
+    if isinstance(value, str):
+        return '"' + value.encode("unicode_escape").decode().replace('"', '\\"') + '"'
+    assert isinstance(value, tuple | list)
+    items = ", ".join(_quoted(item) for item in value)
+    return f"({items},)" if len(value) == 1 else f"({items})"
+
+
+def _render(template: str, **values: object) -> str:
+    text = _environment().get_template(template).render(**values)
+    # a macro that gives nothing leaves a line of spaces
+    text = re.sub(r"^[ \t]+\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\n{4,}", "\n\n\n", text)
+    return text.strip("\n") + "\n"

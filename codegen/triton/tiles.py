@@ -1,0 +1,95 @@
+"""Sizes of blocks for each kind of layer, phase, product and architecture, chosen so that they fit shared memory.
+
+The table is a starting point that compiles everywhere, not a measurement. A device that it does not list gets the
+entry `default`, which fits the smallest of the architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from enum import Enum
+
+from moec.codegen.triton.architectures import ARCHITECTURES
+from moec.codegen.triton.spec import PLANE_BLOCK, LayerKind, Product
+
+DEFAULT = "default"
+INTERPRETER = "interpreter"
+
+
+class Phase(Enum):
+    """How many rows an expert has: one slot at a time, up to 16, or more."""
+
+    SLOTS = "slots"
+    FEW = "few"
+    MANY = "many"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns and depth of a block, the warps of a program and the stages of its pipeline."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def tile_table(kinds: Sequence[LayerKind]) -> dict[str, dict[str, list[int]]]:
+    """`tiles.json`: for each architecture the tiles by `kind/phase/product`."""
+    limits = {item.name: item.shared_bytes for item in ARCHITECTURES}
+    table: dict[str, dict[str, list[int]]] = {}
+    for name, limit in {DEFAULT: min(limits.values()), INTERPRETER: 0, **limits}.items():
+        entries = table.setdefault(name, {})
+        for number, kind in enumerate(kinds):
+            for phase in Phase:
+                for product_name, product in (("gate_up", kind.gate_up), ("down", kind.down)):
+                    tile = (
+                        _interpreted(kind, phase, product)
+                        if name == INTERPRETER
+                        else tile_for(kind, phase, product, limit)
+                    )
+                    entries[f"kind_{number}/{phase.value}/{product_name}"] = list(astuple(tile))
+    return table
+
+
+def tile_for(kind: LayerKind, phase: Phase, product: Product, shared_bytes: int) -> Tile:
+    """The tile of a product, with as many stages as fit `shared_bytes`."""
+    packed = any(item.packed for item in product.formats)
+    few = phase is not Phase.MANY
+    columns = 128 if packed and few and kind.element.nbytes == 2 else 64
+    if product.results == ("down",) and few:
+        columns //= 2
+    tile = Tile(16 if few else 64, columns, 64 if kind.element.nbytes == 2 else 32, 4, 4 if few else 3)
+    while tile.stages > 1 and shared_memory(kind, product, tile) > shared_bytes:
+        tile = replace(tile, stages=tile.stages - 1)
+    while tile.block_n > 16 and shared_memory(kind, product, tile) > shared_bytes:
+        tile = replace(tile, block_n=tile.block_n // 2)
+    return tile
+
+
+def shared_memory(kind: LayerKind, product: Product, tile: Tile) -> int:
+    """Bytes that the pipeline of the widest format holds at once; an upper bound of what the compiler takes."""
+    largest = 0
+    for item in product.formats:
+        depth = item.step if item.packed else tile.block_k
+        weight_bytes = item.bits / 8 if item.packed else kind.element.nbytes
+        weights = len(product.results) * tile.block_n * depth * weight_bytes
+        rows = tile.block_m * depth * kind.element.nbytes
+        # unpacked numbers pass through shared memory once where they come in another layout than they are used
+        unpacked = len(product.results) * tile.block_n * depth * kind.element.nbytes if item.packed else 0
+        largest = max(largest, int(tile.stages * (weights + rows) + unpacked))
+    return largest
+
+
+def _interpreted(kind: LayerKind, phase: Phase, product: Product) -> Tile:
+    """Large blocks: in the interpreter each operation costs the same, whatever its size."""
+    columns = max(16, min(512, _power_of_two(product.rows if product.results == ("down",) else kind.largest_width)))
+    depth = max(16, min(512, _power_of_two(product.columns or kind.largest_width)))
+    rows = 64 if phase is Phase.MANY else 16
+    return Tile(rows, columns, max(depth, 16) if not product.scaled else PLANE_BLOCK, 1, 1)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()

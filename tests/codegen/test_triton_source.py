@@ -1,0 +1,126 @@
+"""The source of generated kernels: as recorded, free of a model's names, clean, and refused where there is no form."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from moec.codegen.triton.emit import emit_triton
+from moec.codegen.triton.reading import read_layer
+from moec.codegen.triton.rendering import PACKAGE_NAME, render_package
+from moec.codegen.triton.spec import Element
+from moec.dialects.builtin import ModuleOp
+from moec.dialects.moe import Routing, Score, Select
+from moec.errors import UnsupportedModelError
+from moec.experts import find_moe_layers
+from moec.ir import Location
+from moec.module import Module
+from tests.codegen.running import module_of
+from tests.codegen.triton_layers import HIDDEN, Case, build
+from tests.ir.expert_bodies import affine, constant, dense, low_rank, mixed_layer
+
+GOLDEN = Path(__file__).parent / "golden"
+UPDATE = "MOEC_UPDATE_GOLDEN"
+
+RECORDED = {
+    "equal.py": (Element.BFLOAT16, Case("equal")),
+    "ragged_with_biases.py": (
+        Element.FLOAT32,
+        Case(
+            "ragged",
+            [(dense(HIDDEN, 40, bias=True), (0, 3)), (dense(HIDDEN, 5, bias=True, name="narrow"), (1, 2))],
+            (0, 1, 1, 2, -1, 3),
+            Routing(score=Score.SIGMOID, groups=3, topk_groups=2, k=2, scale=2.5, null_experts=1, skip_ratio=0.1),
+            {"select_bias": torch.zeros(6), "mask": torch.ones(6)},
+        ),
+    ),
+}
+
+
+def _source(element: Element, case: Case) -> dict[str, str]:
+    module = build([case])
+    layer = read_layer(find_moe_layers(module.op)[0], module.weights, element)
+    return render_package([layer.kind])
+
+
+@pytest.mark.parametrize("name", list(RECORDED))
+def test_source_is_as_recorded(name: str) -> None:
+    """A change of a template shows as a difference of these files; MOEC_UPDATE_GOLDEN=1 writes them anew."""
+    text = _source(*RECORDED[name])["kind_0.py"]
+    path = GOLDEN / name
+    if os.environ.get(UPDATE):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", list(RECORDED))
+def test_source_is_clean(name: str, tmp_path: Path) -> None:
+    for file, text in _source(*RECORDED[name]).items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    root = Path(__file__).parents[2]
+    for check in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            ["ruff", *check, "--no-cache", "--config", str(root / "pyproject.toml"), str(tmp_path)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+
+
+def test_names_of_a_model_stay_out_of_source(tmp_path: Path) -> None:
+    layer = mixed_layer([(dense(HIDDEN, 16), (0, 1, 2, 3))], (0, 1, 2, 3), hidden=HIDDEN, routing=Routing(k=2))
+    wild = 'layers.0"""\n{{ 7 * 7 }}\nimport os  # \\'
+    layer.experts.location = Location(name=wild)
+    emit_triton(module_of(layer.op, layer.weights), tmp_path, element=Element.FLOAT32)
+    package = tmp_path / PACKAGE_NAME
+    for path in package.glob("*.py"):
+        assert "49" not in path.read_text(encoding="utf-8").split('"moec_')[0]
+        assert "import os  #" not in path.read_text(encoding="utf-8")
+    assert json.loads((package / "layers.json").read_text(encoding="utf-8"))["layers"][0]["name"] == wild
+
+
+REFUSED = {
+    "constant": ([(dense(HIDDEN, 16), (0, 1)), (constant(HIDDEN), (2, 3))], "is constant"),
+    "affine": ([(dense(HIDDEN, 16), (0, 1)), (affine(HIDDEN, 2), (2, 3))], "is affine"),
+    "factored": ([(low_rank(HIDDEN, 16, 3), (0, 1, 2, 3))], "LowRank"),
+    "nothing but width 0": ([(dense(HIDDEN, 0), (0, 1, 2, 3))], "width 0"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_refuses_experts_without_a_kernel(name: str, tmp_path: Path) -> None:
+    kinds, reason = REFUSED[name]
+    with pytest.raises(UnsupportedModelError, match=reason):
+        emit_triton(build([Case(name, kinds)]), tmp_path, element=Element.FLOAT32)
+
+
+def test_refuses_a_model_without_experts(tmp_path: Path) -> None:
+    layer = mixed_layer([(dense(HIDDEN, 16), (0, 1))], (0, 1), hidden=HIDDEN)
+    with pytest.raises(UnsupportedModelError, match="chosen by arithmetic"):
+        emit_triton(module_of(layer.op, layer.weights), tmp_path, element=Element.FLOAT32)
+    with pytest.raises(UnsupportedModelError, match="no layer with experts"):
+        emit_triton(_without_experts(), tmp_path, element=Element.FLOAT32)
+
+
+def _without_experts() -> Module:
+    module = build([])
+    assert isinstance(module.op, ModuleOp)
+    return module
+
+
+def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        emit_triton(
+            build([Case("equal"), Case("again"), Case("all", routing=Routing(select=Select.ALL))]),
+            folder,
+            element=Element.FLOAT16,
+        )
+    files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
+    assert len([file for file in files if file.name.startswith("kind_")]) == 2
+    for file in files:
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file

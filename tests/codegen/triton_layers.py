@@ -1,0 +1,136 @@
+"""One module with many layers with experts side by side, emitted as kernels and run in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from moec.codegen.triton.emit import emit_triton
+from moec.codegen.triton.rendering import PACKAGE_NAME
+from moec.codegen.triton.running import LayerOutput, LayerRows, run_layers
+from moec.codegen.triton.spec import Element
+from moec.dialects import aten
+from moec.dialects.builtin import FuncOp, ModuleOp, WeightOp
+from moec.dialects.moe import ExpertClass, ExpertsOp, RouteOp, Routing
+from moec.experts import LayerRun, find_moe_layers, run_layer
+from moec.ir import Value, symbol, verify
+from moec.module import Module
+from tests.codegen.running import module_of
+from tests.ir.build import f32
+from tests.ir.expert_bodies import Kind, dense
+
+COUNT = symbol("count")
+HIDDEN = 32
+
+
+def four_experts(width: int = 48) -> list[tuple[Kind, tuple[int, ...]]]:
+    """One class of SwiGLU experts."""
+    return [(dense(HIDDEN, width), (0, 1, 2, 3))]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer: its classes of experts, router output to expert, and the vectors of its route by name."""
+
+    name: str
+    kinds: Sequence[tuple[Kind, tuple[int, ...]]] = field(default_factory=four_experts)
+    stored: tuple[int, ...] = (0, 1, 2, 3)
+    routing: Routing = field(default_factory=lambda: Routing(k=2))
+    operands: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    router_bias: torch.Tensor | None = None
+
+
+def build(cases: Sequence[Case], hidden: int = HIDDEN, seed: int = 0) -> Module:
+    """`y_i = layer_i(x)` for every case, with random weights."""
+    function = FuncOp.build("main", [f32(COUNT, hidden)], arg_names=["x"])
+    x = function.arguments[0]
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def weight(name: str, value: torch.Tensor) -> Value:
+        tensors[name] = value
+        op = WeightOp(result_types=[f32(*value.shape)], weight_name=name, source=name)
+        function.body.append(op)
+        return op.value
+
+    def random(name: str, shape: tuple[int, ...]) -> Value:
+        return weight(name, torch.randn(shape, generator=generator) / max(shape[-1], 1) ** 0.5)
+
+    results = []
+    for number, case in enumerate(cases):
+        at = f"layer{number}"
+        rows: dict[str, Value] = {"input": x, "weight": random(f"{at}.router", (len(case.stored), hidden))}
+        if case.router_bias is not None:
+            rows["bias"] = weight(f"{at}.router_bias", case.router_bias)
+        logits = aten.build("linear.default", rows, (f32(COUNT, len(case.stored)),))
+        function.body.append(logits)
+        vectors = {name: weight(f"{at}.{name}", value) for name, value in case.operands.items()}
+        given = [vectors.get(name) for name in _ORDER]
+        route = RouteOp(logits.result, *given, routing=case.routing)
+        function.body.append(route)
+        weights: list[Value] = []
+        for kind, members in case.kinds:
+            own = {name: (len(members), *shape) for name, shape in kind.own.items()}
+            weights += [random(f"{at}.{kind.name}.{name}", shape) for name, shape in {**own, **kind.shared}.items()]
+        experts = ExpertsOp(
+            x,
+            route.ids,
+            route.gates,
+            weights,
+            regions=[kind.body for kind, _ in case.kinds],
+            stored=case.stored,
+            classes=tuple(
+                ExpertClass(members, len(kind.own) + len(kind.shared), len(kind.shared)) for kind, members in case.kinds
+            ),
+        )
+        function.body.append(experts)
+        results.append(experts.y)
+    function.finish(results, [f"y{number}" for number in range(len(results))])
+    op = ModuleOp.build([function])
+    verify(op)
+    return module_of(op, tensors)
+
+
+_ORDER = ("logit_bias", "mask", "score_override", "override_on", "select_bias", "forced_ids", "per_expert_scale")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the kernels of a layer gave, and what the reference executor gives in float64."""
+
+    found: LayerOutput
+    expected: LayerRun
+
+    def difference(self) -> float:
+        """Largest difference of outputs relative to the largest expected one; infinite for NaN."""
+        expected = self.expected.y
+        assert expected is not None
+        distance = (self.found.y.double() - expected).abs().nan_to_num(torch.inf)
+        return float(distance.max() / expected.abs().max().clamp_min(1e-30))
+
+
+def rows_of(count: int, hidden: int = HIDDEN) -> torch.Tensor:
+    """Random rows."""
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(count))
+
+
+def outcomes(
+    cases: Mapping[Element, Sequence[Case]], counts: Sequence[int], folder: Path, hidden: int = HIDDEN
+) -> dict[tuple[Element, str, int], Outcome]:
+    """Every case of every element type on every count of tokens. The kernels run in one process."""
+    requests: list[LayerRows] = []
+    expected: list[tuple[tuple[Element, str, int], LayerRun]] = []
+    for element, some in cases.items():
+        module = build(some, hidden)
+        emit_triton(module, folder / element.value, element=element)
+        for number, (case, layer) in enumerate(zip(some, find_moe_layers(module.op), strict=True)):
+            for count in counts:
+                rows = rows_of(count, hidden).to(element.torch)
+                requests.append(LayerRows(folder / element.value / PACKAGE_NAME, number, rows.float()))
+                run = run_layer(layer, module.weights, rows.double(), rows.double(), torch.float64)
+                expected.append(((element, case.name, count), run))
+    found = run_layers(requests)
+    return {key: Outcome(output, run) for (key, run), output in zip(expected, found, strict=True)}
