@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from moec.dialects.nn import AttentionOp
 from moec.errors import UsageError
 from moec.experts import (
     Expert,
@@ -22,11 +23,13 @@ from moec.experts import (
     replace_routing,
 )
 from moec.experts.dense import DenseLayer
+from moec.experts.heads import UnreadableAttentionError, find_attention, make_heads_sparse, read_heads
 from moec.experts.segment import segment_experts, segmenting_problem
 from moec.ir import Operation
 from moec.passes.factorizing.activity import Activity, Observed
 from moec.passes.factorizing.blocks import cut, routed_output, segments, without_output_bias
 from moec.passes.factorizing.division import Division, Partition, RowsOf, SharedBy, Uneven
+from moec.passes.factorizing.partition import balanced_k_means, contiguous, group_sizes, shuffled
 from moec.passes.neuron_pruning.slicing import slice_neurons, slicing_problem
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
@@ -38,6 +41,7 @@ class Target(Enum):
 
     BLOCKS = "blocks"  # dense feed-forward blocks
     EXPERTS = "experts"  # the experts of layers that have some
+    ATTENTION_HEADS = "attention-heads"  # attention
 
 
 @register_pass("factorize")
@@ -62,6 +66,11 @@ class Factorize(Pass):
     `target=experts` makes finer experts of those that there are (DeepSeekMoE): router outputs are repeated for each
     part, tokens choose all parts of what they chose, and the scale makes up for scores that copies share. Routers whose
     choice could fall between the parts of an expert, such as top-p, are refused.
+
+    `target=attention-heads` makes experts of groups of heads (Union of Experts); query heads that share a key stay
+    together. An expert is its heads' part of the output projection, and the router reads what queries are made of.
+    Where a token chooses some experts, the products of the output projection for the others are saved; queries, keys,
+    values and scores are computed for all heads, since other tokens may need them.
     A calibration in front serves what follows, too: `calibrate,factorize{...},init-router,set-routing{...}`.
 
     MoEfication (Zhang et al. 2022), LLaMA-MoE (Zhu et al. 2024), FactorLLM (arXiv 2408.11855), CMoE, Read-ME.
@@ -71,7 +80,8 @@ class Factorize(Pass):
     blocks = Statistic("dense blocks cut into experts")
     dropped = Statistic("neurons that no expert has")
     segmented = Statistic("layers whose experts became finer")
-    experts: int = option("experts for each block, or for each expert")
+    attention = Statistic("attention whose heads became experts")
+    experts: int = option("experts for each block, for each expert, or for each attention")
     target: Target = option("what is cut", Target.BLOCKS)
     partition: Partition = option("which neurons go together", Partition.K_MEANS)
     rows: RowsOf = option("what k-means compares", RowsOf.GATE)
@@ -95,8 +105,12 @@ class Factorize(Pass):
         if self.partition.overlaps and self.shared:
             raise ValueError(f"partition={self.partition.value} shares what all experts have, not a number of neurons")
 
-        if self.target is Target.EXPERTS and (self.partition.overlaps or self.shared):
-            raise ValueError("target=experts takes a partition of each expert, without shared neurons")
+        if self.target is not Target.BLOCKS and (self.partition.overlaps or self.shared):
+            raise ValueError(f"target={self.target.value} takes a partition, without shared neurons")
+        if self.target is Target.ATTENTION_HEADS and self.partition.reads_text:
+            raise ValueError("heads can be contiguous, random, or alike by k-means on the output projection")
+        if self.target is Target.ATTENTION_HEADS and self.uneven is Uneven.PAD:
+            raise ValueError("heads cannot be padded; uneven=ragged gives experts of different numbers of heads")
 
     def promise(self) -> Claim:
         """Overlapping experts give something else than the block."""
@@ -107,6 +121,10 @@ class Factorize(Pass):
         if self.target is Target.EXPERTS:
             for moe_layer in find_moe_layers(op):
                 self._segment(moe_layer, context)
+            return
+        if self.target is Target.ATTENTION_HEADS:
+            for index, attention in enumerate(find_attention(op)):
+                self._cut_heads(attention, index, context)
             return
         for layer in find_dense_layers(op):
             if layer.is_beside_experts:
@@ -177,6 +195,32 @@ class Factorize(Pass):
 
         segment_experts(layer, weights, self.experts, split)
         context.count(self.segmented)
+
+    def _cut_heads(self, attention: AttentionOp, index: int, context: PassContext) -> None:
+        try:
+            heads = read_heads(attention, index)
+        except UnreadableAttentionError as error:
+            context.refuse(attention, str(error), self.pass_name)
+            return
+        weights = context.require_weights()
+        if heads.units < self.experts or (heads.units % self.experts and self.uneven is Uneven.REFUSE):
+            raise UsageError(
+                f"{self.experts} experts do not divide {heads.units} groups of heads",
+                where=heads.name,
+                hint="heads that share a key stay together; choose another number, or uneven=ragged",
+            )
+        sizes = group_sizes(heads.units, self.experts)
+        generator = self._generator(index, context)
+        match self.partition:
+            case Partition.CONTIGUOUS:
+                groups = contiguous(sizes)
+            case Partition.RANDOM:
+                groups = shuffled(sizes, generator)
+            case _:
+                units = heads.load_units(weights).flatten(1)
+                groups = balanced_k_means(torch.nn.functional.normalize(units, dim=1), sizes, generator)
+        make_heads_sparse(heads, weights, [group.tolist() for group in groups])
+        context.count(self.attention)
 
     def _generator(self, index: int, context: PassContext) -> torch.Generator:
         return torch.Generator().manual_seed(context.seed * 1_000_003 + index)

@@ -108,5 +108,5 @@ def test_routers_that_could_take_a_part_alone_are_refused(source: Module, select
 def test_bad_input_is_refused(source: Module) -> None:
     with pytest.raises(UsageError, match="expert 0"):
         changed(source, "factorize{target=experts experts=7}")
-    with pytest.raises(UsageError, match="without shared neurons"):
+    with pytest.raises(UsageError, match="target=experts takes a partition, without shared neurons"):
         changed(source, "factorize{target=experts experts=2 shared=8}")
