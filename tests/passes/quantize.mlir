@@ -4,6 +4,8 @@
 // RUN: not moec opt %s -p 'quantize{group=0}' 2>&1 | filecheck %s --check-prefix=ZERO
 // RUN: not moec opt %s -p 'quantize{kind=kmeans bits=0}' 2>&1 | filecheck %s --check-prefix=BOOK
 // RUN: not moec opt %s -p 'quantize{kind=int4}' 2>&1 | filecheck %s --check-prefix=KIND
+// RUN: not moec opt %s -p 'quantize{method=gptq damping=0}' 2>&1 | filecheck %s --check-prefix=DAMPING
+// RUN: not moec opt %s -p 'quantize{method=gptq calibration=some}' 2>&1 | filecheck %s --check-prefix=POLICY
 // RUN: not moec opt %s -p quantize 2>&1 | filecheck %s --check-prefix=ALONE
 // RUN: moec opt %s -p canonicalize,cse,dce | filecheck %s --check-prefix=KEPT
 
@@ -12,6 +14,8 @@
 // ZERO: group '0' is no number of columns
 // BOOK: a codebook has 1 to 8 bits, not 0
 // KIND: 'int4' is no integer|ternary|nf4|kmeans|mxfp4|nvfp4
+// DAMPING: damping 0 is not above 0
+// POLICY: 'some' is no routed|affinity|all|balanced|auto
 // ALONE: this pass reads weights, but the IR was given as text alone
 
 // KEPT: [[CODES:%[a-z0-9_]+]] = "moec.weight"() <{source = "codes", weight_name = "codes"}> : () -> tensor<2x6x2xui8>

@@ -1,0 +1,156 @@
+"""Codes that make up for each other's errors on given inputs: GPTQ (arXiv 2210.17323).
+
+Columns are rounded one after the other; what a column loses is taken from those that are still to come, in the
+proportion that changes W x the least, x with the second moment H. Scales are fitted to the matrix as it is when their
+first column is due, all updates included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from moec.dialects.quant import Codebook, Span
+from moec.errors import UsageError
+from moec.quantization.grids import Grid, fit_grid
+from moec.quantization.packed import Packed, groups_of
+from moec.quantization.rounding import Target, pack, round_groups
+
+_BLOCK = 128
+_MORE_DAMPING = (1.0, 10.0, 100.0)
+_FLOOR = 1e-6
+
+
+class Fallback(Enum):
+    """What a matrix needed besides the damping that was asked for."""
+
+    NONE = "none"
+    MORE_DAMPING = "more damping"
+    NEAREST = "nearest codes"
+
+
+@dataclass(frozen=True)
+class SecondOrderResult:
+    """A packed matrix, and what was needed to get it."""
+
+    packed: Packed
+    fallback: Fallback
+
+
+def round_second_order(
+    target: Target,
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    *,
+    damping: float = 0.1,
+    ordered: bool = True,
+    where: str = "",
+) -> SecondOrderResult:
+    """The matrix [N, K] in a format, for inputs of second moment [K, K] (any multiple of it, symmetric).
+
+    `damping`: what is added to the diagonal of the moment, as a share of its mean; ten and a hundred times as much
+    where the moment is not positive definite, and nearest codes where that fails too, or where there are no inputs.
+    `ordered`: columns of large inputs first; where groups share scales, whole groups move, so that no index is stored.
+    Raises UsageError for a matrix that does not fit the format or is not finite.
+    """
+    weight = weight.double()
+    target = target.prepared(weight, where)
+    if isinstance(target.format, Codebook) and target.format.dim > 1:
+        raise UsageError("entries of several weights cannot be rounded column by column", where=where)
+    try:
+        factor, fallback = _factor(moment.double(), damping)
+        if factor is None:
+            return SecondOrderResult(pack(target, weight.shape[1], *round_groups(target, weight)), Fallback.NEAREST)
+        order = _order(target, moment, ordered)
+        grid, codes = _round_columns(target, weight, factor(order), order)
+    except UsageError as error:
+        raise UsageError(error.message, where=where, hint=error.hint) from error
+    return SecondOrderResult(pack(target, weight.shape[1], grid, codes), fallback)
+
+
+@dataclass(frozen=True)
+class _Damped:
+    """A damped moment whose Cholesky factor exists."""
+
+    moment: torch.Tensor
+
+    def __call__(self, order: torch.Tensor) -> torch.Tensor:
+        """The upper factor U of the inverse, U^T U = H^-1, of the columns in an order."""
+        ordered = self.moment[order][:, order]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+        upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+        return upper
+
+
+def _factor(moment: torch.Tensor, damping: float) -> tuple[_Damped | None, Fallback]:
+    diagonal = moment.diagonal()
+    mean = float(diagonal.mean())
+    if not bool(torch.isfinite(moment).all()) or mean <= 0:
+        return None, Fallback.NEAREST
+    # inputs may be of any size
+    moment = moment / mean
+    for number, factor in enumerate(_MORE_DAMPING):
+        damped = moment + max(damping * factor, _FLOOR) * torch.eye(len(moment), dtype=torch.float64)
+        found, problem = torch.linalg.cholesky_ex(damped)
+        if int(problem):
+            continue
+        _, problem = torch.linalg.cholesky_ex(torch.cholesky_inverse(found), upper=True)
+        if not int(problem):
+            return _Damped(damped), Fallback.MORE_DAMPING if number else Fallback.NONE
+    return None, Fallback.NEAREST
+
+
+def _order(target: Target, moment: torch.Tensor, ordered: bool) -> torch.Tensor:
+    """The order of the columns, int64 [K]: groups stay together."""
+    size = len(moment)
+    if not ordered:
+        return torch.arange(size)
+    diagonal = moment.diagonal().double().reshape(-1, groups_of(target.format, size))
+    within = diagonal.sort(dim=1, descending=True, stable=True).indices
+    columns = torch.arange(size).reshape(diagonal.shape).gather(1, within)
+    return columns[diagonal.sum(1).sort(descending=True, stable=True).indices].flatten()
+
+
+def _round_columns(
+    target: Target, weight: torch.Tensor, upper: torch.Tensor, order: torch.Tensor
+) -> tuple[Grid, torch.Tensor]:
+    """(grid with leading dimensions [R, G], codes [N, K])."""
+    kind = target.format
+    columns = weight.shape[1]
+    group = groups_of(kind, columns)
+    work = weight[:, order].clone()
+    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    found: dict[int, Grid] = {}
+    grid: Grid | None = None
+    for start, stop in _blocks(columns, group):
+        if start % group == 0:
+            # the members of a group lie together, in any order
+            fitted = work[:, start : start + group]
+            fitted = fitted.reshape(1, -1) if getattr(kind, "span", None) is Span.TENSOR else fitted
+            grid = found[int(order[start]) // group] = fit_grid(kind, fitted, target.settings)
+        assert grid is not None
+        errors = torch.empty(len(work), stop - start, dtype=torch.float64)
+        for column in range(start, stop):
+            current = work[:, column : column + 1]
+            chosen = grid.codes(current)
+            codes[:, column : column + 1] = chosen
+            error = (current - grid.decode(chosen)) / upper[column, column]
+            work[:, column + 1 : stop] -= error * upper[column, column + 1 : stop]
+            errors[:, column - start : column - start + 1] = error
+        work[:, stop:] -= errors @ upper[start:stop, stop:]
+    natural = torch.empty_like(codes)
+    natural[:, order] = codes
+    grids = [found[number] for number in sorted(found)]
+    zeros = [item.zero for item in grids if item.zero is not None]
+    scale = torch.stack([item.scale for item in grids], dim=1)
+    return replace(grids[0], scale=scale, zero=torch.stack(zeros, dim=1) if zeros else None), natural
+
+
+def _blocks(columns: int, group: int) -> Iterator[tuple[int, int]]:
+    """Spans of at most 128 columns that do not cross the border of a group."""
+    for first in range(0, columns, group):
+        for start in range(first, first + group, _BLOCK):
+            yield start, min(start + _BLOCK, first + group)

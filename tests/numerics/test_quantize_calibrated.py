@@ -1,0 +1,110 @@
+"""`quantize{method=gptq}`: errors per layer, policies for experts with few tokens, and what falls back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moec.api import run_passes
+from moec.errors import UsageError
+from moec.experts import FeedForward, find_moe_layers, load_expert, run_layer
+from moec.ir import print_operation
+from moec.module import Module
+from moec.passes.factoring.sides import Side
+from moec.passes.quantizing.inputs import ExpertInputs, Policy
+from tests.experts.models import calibrate_text, copy_of, raised_model
+
+OPTIONS = "bits=3 group=16"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Module:
+    folder = tmp_path_factory.mktemp("model")
+    module = raised_model("mixtral", folder)
+    run_passes(module, calibrate_text(folder, rows=24))
+    return module
+
+
+def sample_error(source: Module, module: Module) -> float:
+    """Relative squared error of all layers on the rows of the sample."""
+    assert source.calibration is not None
+    wrong = total = 0.0
+    for old, new in zip(find_moe_layers(source.op), find_moe_layers(module.op), strict=True):
+        sample = source.calibration.sample(old)
+        found = run_layer(new, module.weights, sample.x, sample.router_input).y
+        assert found is not None
+        wrong += float((found - sample.y).double().square().sum())
+        total += float(sample.y.double().square().sum())
+    return wrong / total
+
+
+def quantized(source: Module, options: str) -> Module:
+    module = copy_of(source)
+    run_passes(module, f"quantize{{{options}}}")
+    return module
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+def test_layers_move_less_than_by_rounding(source: Module, policy: Policy) -> None:
+    nearest = sample_error(source, quantized(source, OPTIONS))
+    found = sample_error(source, quantized(source, f"{OPTIONS} method=gptq calibration={policy.value}"))
+    assert found < 0.85 * nearest
+
+
+def test_trits_too(source: Module) -> None:
+    options = "kind=ternary ternary=symmetric group=row"
+    nearest = sample_error(source, quantized(source, options))
+    assert sample_error(source, quantized(source, f"{options} method=gptq")) < 0.8 * nearest
+
+
+def test_equal_inputs_give_equal_text(source: Module) -> None:
+    texts = [print_operation(quantized(source, f"{OPTIONS} method=gptq").op) for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+def test_it_needs_a_calibration(source: Module) -> None:
+    module = copy_of(source)
+    module.calibration = None
+    with pytest.raises(UsageError, match="was not calibrated"):
+        run_passes(module, "quantize{method=gptq group=16}")
+
+
+def test_experts_without_tokens_are_rounded_to_nearest(source: Module, tmp_path: Path) -> None:
+    """Two tokens reach four of eight experts at most."""
+    module = copy_of(source)
+    run_passes(module, calibrate_text(tmp_path, rows=1, length=2))
+    routed = copy_of(module)
+    report = run_passes(routed, f"quantize{{{OPTIONS} method=gptq calibration=routed}}")
+    starved = 0
+    for layer in find_moe_layers(module.op):
+        assert module.calibration is not None
+        inputs = ExpertInputs(layer, module.calibration.sample(layer), Policy.ROUTED)
+        starved += sum(not len(inputs.rows(number)[0]) for number in range(layer.expert_count))
+    assert starved >= 4 * len(find_moe_layers(module.op))
+    assert report.records[0].statistics["nearest"] == 3 * starved
+    report = run_passes(module, f"quantize{{{OPTIONS} method=gptq}}")
+    assert report.records[0].statistics["nearest"] == 0
+
+
+def test_policies_choose_rows(source: Module) -> None:
+    assert source.calibration is not None
+    layer = find_moe_layers(source.op)[0]
+    sample = source.calibration.sample(layer)
+    counts = {
+        policy: [len(ExpertInputs(layer, sample, policy).rows(number)[0]) for number in range(layer.expert_count)]
+        for policy in Policy
+    }
+    assert counts[Policy.ROUTED] == counts[Policy.AFFINITY]
+    assert sum(counts[Policy.ROUTED]) == len(sample) * layer.top_k
+    assert set(counts[Policy.ALL]) == set(counts[Policy.AUTO]) == {len(sample)}
+    mean = len(sample) * layer.top_k // layer.expert_count
+    assert [max(count, mean) for count in counts[Policy.ROUTED]] == counts[Policy.BALANCED]
+    rare = min(range(layer.expert_count), key=counts[Policy.ROUTED].__getitem__)
+    expert = load_expert(layer, source.weights, rare)
+    assert isinstance(expert, FeedForward)
+    rows, gates = sample.chosen(layer, rare)
+    affinity = ExpertInputs(layer, sample, Policy.AFFINITY).moment(rare, expert, Side.UP)
+    x = sample.x[rows].double()
+    assert torch.allclose(affinity, (x * gates[:, None]).T @ x)
