@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from moec.dialects import aten
-from moec.dialects.builtin import WeightOp
+from moec.dialects.aten import AtenOp
+from moec.dialects.builtin import ConstantOp, WeightOp
 from moec.dialects.moe import ExpertsOp
 from moec.experts.edit import EditError
 from moec.experts.layer import MoeLayer
@@ -20,7 +22,7 @@ from moec.experts.parts import (
     store_tensor,
     tensor_of,
 )
-from moec.ir import TensorType, Value
+from moec.ir import Operation, TensorType, Value
 from moec.weights.context import WeightContext
 
 _FROZEN = "router.frozen.weight"
@@ -79,6 +81,59 @@ def is_frozen(layer: MoeLayer) -> bool:
     """Whether nobody may train the router."""
     weight = layer.router.tensor("weight").defining_op
     return isinstance(weight, WeightOp) and weight.weight_name.partition("#")[0].endswith(_FROZEN)
+
+
+def router_weights(layer: MoeLayer) -> list[WeightOp]:
+    """The weights between the rows that the layer's experts read and the logits, the router's first.
+
+    Where the router reads something else than these rows, what makes that does not count, unless it is weights alone.
+    """
+    found = [value.defining_op for value in layer.router.operands[1:]]
+    inner = [op for op in router_path(layer) if op is not layer.router]
+    found += [value.defining_op for op in inner for value in op.operands]
+    return [weight for weight in dict.fromkeys(found) if isinstance(weight, WeightOp)]
+
+
+def replace_router_weights(layer: MoeLayer, weights: WeightContext, new: Mapping[WeightOp, torch.Tensor]) -> None:
+    """Puts other tensors in the place of some of `router_weights`; other readers of these weights keep the old ones.
+
+    Raises EditError for a shape that does not fit, UsageError where there is no store.
+    """
+    for weight, value in new.items():
+        if tensor_of(weight.value).static_shape != tuple(value.shape):
+            raise EditError(f"a weight of shape {list(value.shape)} does not fit {weight.value.type}", where=layer.name)
+        source = store_tensor(weights, value)
+        for op in router_path(layer):
+            for index, operand in enumerate(op.operands):
+                if operand is weight.value:
+                    op.set_operand(index, new_weight(op, weight.weight_name, source, value.shape))
+        erase_unused(weight)
+    settle_names(layer.experts)
+
+
+def router_path(layer: MoeLayer) -> list[Operation]:
+    """The operations from the experts' rows, or from a table of tokens, to the router, in order, weights left out.
+
+    The router alone where it reads other values of the model.
+    """
+    needed: dict[Operation, None] = {}
+    frontier: list[Value] = [layer.router.tensor("input")]
+    while frontier:
+        value = frontier.pop()
+        op = value.defining_op
+        if value is layer.experts.x or isinstance(op, WeightOp | ConstantOp) or op in needed:
+            continue
+        if not isinstance(op, AtenOp):
+            return [layer.router]
+        needed[op] = None
+        if op.name == "aten.embedding.default":
+            if tensor_of(op.result).shape[-1] != layer.outputs:
+                return [layer.router]
+            continue
+        frontier += op.operands
+    block = layer.experts.parent
+    assert block is not None
+    return [*(op for op in block if op in needed), layer.router]
 
 
 def follow_router(layer: MoeLayer, leader: MoeLayer) -> MoeLayer:

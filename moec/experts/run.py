@@ -76,7 +76,7 @@ def _frame(
 ) -> Frame:
     types = ElementTypes(dtype)
     settings = RunSettings(types, WeightLoader(weights, types), ExpertsLowering.GROUPED)
-    frame = Frame(settings, _symbols(layer, len(router_input)), {})
+    frame = Frame(settings, symbols_of(layer, len(router_input)), {})
     routed = layer.router.tensor("input")
     assert isinstance(routed.type, TensorType)
     # some routers read [batch, seq, H]
@@ -103,7 +103,7 @@ def _between(layer: MoeLayer) -> list[Operation]:
     return [op for op in block if op in needed]
 
 
-def _symbols(layer: MoeLayer, rows: int) -> dict[str, int]:
+def symbols_of(layer: MoeLayer, rows: int) -> dict[str, int]:
     """Sizes under which the rows of the layer are `rows`: one sequence of that length."""
     names = {
         name
