@@ -57,6 +57,7 @@ def test_load_and_run_passes() -> None:
     assert "moe.experts" in module._repr_html_()
 
 
+@pytest.mark.slow
 def test_a_lossy_pass_is_measured_and_its_artifact_verifies(moec_command: Command, tmp_path: Path) -> None:
     pipeline = "test-scale-expert{expert=2}"
     result = moec.compile(DEMO_MODEL, tmp_path / "out", pipeline=pipeline, store=tmp_path / "store")

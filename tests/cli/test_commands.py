@@ -87,6 +87,7 @@ def test_eval_agrees_with_the_source(moec: Command, artifact: Path) -> None:
     assert moec("verify", artifact)[0] == 0, "measurements are outside of the digests"
 
 
+@pytest.mark.slow
 def test_eval_of_one_text_is_one_object(moec: Command, compiled: Path) -> None:
     code, out, _ = moec("eval", DEMO_MODEL, "--text", HELDOUT, "--tokens", 256, "--json")
     assert code == 0
@@ -131,6 +132,7 @@ def test_inspect_shows_the_same_layers_for_source_and_artifact(moec: Command, co
     assert facts["manifest"]["build"]["target"] == "portable"
 
 
+@pytest.mark.slow
 def test_inspect_lists_experts_and_how_often_they_are_chosen(moec: Command, compiled: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("In the beginning God created the heaven and the earth. " * 60)
@@ -183,6 +185,7 @@ def test_bench_reports_bounds_and_updates_the_report(moec: Command, artifact: Pa
     assert "<h2>Speed" in (artifact / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_weights_in_place_are_not_written_again(moec: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source, out = tmp_path / "source", tmp_path / "out"

@@ -48,6 +48,7 @@ def test_both_backends_and_the_tensor_that_somebody_changed(source: Path, tmp_pa
     assert code == 4 and name in errors and "SHA-256" in errors
 
 
+@pytest.mark.slow
 def test_a_checkpoint_alone_has_equal_bytes_and_verifies(source: Path, tmp_path: Path, moec: Command) -> None:
     arguments = ("--emit", "huggingface", "--pipeline", "set-routing{k=1}", "--check", "none")
     for name in ("one", "two"):

@@ -73,6 +73,7 @@ def test_one_that_says_so_is_measured(checkpoint: Path, tmp_path: Path, moec: Co
     assert all(0 < error["relative_error"] < 0.1 for error in entry["layer_errors"])
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_a_reproducer_that_finds_the_weights(checkpoint: Path, tmp_path: Path, moec: Command) -> None:
     out, crash = tmp_path / "out", tmp_path / "crash.mlir"
     code, _, errors = moec(

@@ -41,6 +41,7 @@ def wait_for_folder(process: subprocess.Popen[str], parent: Path) -> None:
     pytest.fail("the run never began to write")
 
 
+@pytest.mark.slow
 def test_a_killed_run_changes_nothing_and_the_next_gives_equal_bytes(compiled: Path, tmp_path: Path) -> None:
     source = tmp_path / "elsewhere"
     shutil.copytree(DEMO_MODEL, source)
