@@ -40,6 +40,7 @@ class Lowering(Enum):
     LEAN = "lean"
     LEAN_FUNCTION = "lean-function"
     FUSED = "fused"
+    FUSED_PACKED = "fused-packed"
 
 
 @dataclass(frozen=True)

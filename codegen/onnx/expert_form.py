@@ -98,19 +98,17 @@ def fused_form(context: Context, op: ExpertsOp) -> FusedForm:
 
 def form_of_body(context: Context, block: Block, stacks: Sequence[Stacks], experts: int) -> FusedForm:
     """Experts with the body `block` and the weights `stacks`; raises NotFused with the reason."""
-    try:
-        found = find_products(block, stacks)
-    except MoecError as error:
-        raise NotFused(error.message) from error
-    first, second = _two_layers(block, found)
-    activation = _activation(context, block, first, second)
+    layers = two_layers(context, block, stacks)
+    first, second, activation = layers.first, layers.second, layers.activation
+    if any(product.weight.packed is not None for product in (*first, second)):
+        raise NotFused("the weights of its experts are packed")
     width = second.weight.shape[1]
     first_weight, first_bias = _joined(first)
     if activation.layout is not None:
         shape = (experts, 2 * width, first[0].weight.shape[1])
-        first_weight = _interleaved(first_weight, activation.layout, shape)
+        first_weight = interleaved(first_weight, activation.layout, shape)
         if first_bias is not None:
-            first_bias = _interleaved(first_bias, activation.layout, shape[:2])
+            first_bias = interleaved(first_bias, activation.layout, shape[:2])
     return FusedForm(
         activation.kind,
         first_weight,
@@ -125,15 +123,32 @@ def form_of_body(context: Context, block: Block, stacks: Sequence[Stacks], exper
     )
 
 
-def _two_layers(block: Block, found: BodyProducts) -> tuple[list[Product], Product]:
+@dataclass(frozen=True)
+class TwoLayers:
+    """An expert as one or two products of the rows (gate and up), an activation, and the product of its result."""
+
+    first: tuple[Product, ...]
+    second: Product
+    activation: Recognised
+
+
+def two_layers(context: Context, block: Block, stacks: Sequence[Stacks]) -> TwoLayers:
+    """What experts with the body `block` and the weights `stacks` are; raises NotFused where they are not that."""
+    try:
+        found = find_products(block, stacks)
+    except MoecError as error:
+        raise NotFused(error.message) from error
+    first, second = _products_of(block, found)
+    return TwoLayers(tuple(first), second, _activation(context, block, first, second))
+
+
+def _products_of(block: Block, found: BodyProducts) -> tuple[list[Product], Product]:
     """The products of the rows, and the one that gives the result."""
     result = block.terminator.operands[0]
     second = next((product for product in found.products if product.result is result), None)
     first = [product for product in found.products if product.rows is block.arguments[0]]
     if second is None or not first or len(first) > 2 or len(found.products) != len(first) + 1:
         raise NotFused("an expert is not two products with an activation between them")
-    if any(product.weight.packed is not None for product in found.products):
-        raise NotFused("the weights of its experts are packed")
     if len({product.bias is None for product in first}) > 1:
         raise NotFused("one of the gate and up products has a bias, the other has none")
     return first, second
@@ -149,7 +164,7 @@ def _joined(products: Sequence[Product]) -> tuple[Expression, Expression | None]
     return weight, Concat(1, tuple(biases)) if biases else None
 
 
-def _interleaved(expression: Expression, layout: GateLayout, shape: tuple[int, ...]) -> Expression:
+def interleaved(expression: Expression, layout: GateLayout, shape: tuple[int, ...]) -> Expression:
     """Rows [experts, F, ...] in the operator's order: gate 0, up 0, gate 1, up 1, ..."""
     experts, rows, *tail = shape
     match layout:
@@ -163,7 +178,9 @@ def _interleaved(expression: Expression, layout: GateLayout, shape: tuple[int, .
 
 
 @dataclass(frozen=True)
-class _Recognised:
+class Recognised:
+    """An activation of the operator, and where gate and up lie in the results of the first products."""
+
     kind: Activation
     layout: GateLayout | None = None
     alpha: float = 1.0
@@ -198,7 +215,7 @@ class _Recognised:
         return z[:, 1::2], z[:, 0::2]
 
 
-def _activation(context: Context, block: Block, first: Sequence[Product], second: Product) -> _Recognised:
+def _activation(context: Context, block: Block, first: Sequence[Product], second: Product) -> Recognised:
     """The operator's activation that computes what lies between the products."""
     widths = [product.weight.shape[0] for product in first]
     generator = torch.Generator().manual_seed(0)
@@ -220,15 +237,15 @@ def _activation(context: Context, block: Block, first: Sequence[Product], second
     raise NotFused("com.microsoft::MoE has no such activation")
 
 
-def _candidates(block: Block, *, gated: bool) -> Iterator[_Recognised]:
+def _candidates(block: Block, *, gated: bool) -> Iterator[Recognised]:
     if not gated:
-        yield from (_Recognised(kind) for kind in Activation if kind is not Activation.SWIGLU)
+        yield from (Recognised(kind) for kind in Activation if kind is not Activation.SWIGLU)
         return
     numbers = sorted({abs(number) for number in _numbers(block)})
     for layout in (GateLayout.GATE_FIRST, GateLayout.GATE_EVEN, GateLayout.UP_FIRST, GateLayout.UP_EVEN):
         limits: list[float | None] = [None, *numbers]
         for alpha, beta, limit in itertools.product([1.0, *numbers], [0.0, *numbers], limits):
-            yield _Recognised(Activation.SWIGLU, layout, alpha, beta, limit)
+            yield Recognised(Activation.SWIGLU, layout, alpha, beta, limit)
 
 
 def _numbers(block: Block) -> Iterator[float]:

@@ -14,6 +14,7 @@ from moec.codegen.onnx.cost_model import ExpertsShape
 from moec.codegen.onnx.graph import GraphBuilder
 from moec.codegen.onnx.merged_slots import merge_slots
 from moec.dialects.moe import ExpertsOp, RouteOp, Select
+from moec.dialects.quant import DequantOp
 from moec.ir.operation import Value
 
 
@@ -161,10 +162,14 @@ def may_leave_slots_empty(ids: Value) -> bool:
 def experts_shape(op: ExpertsOp) -> ExpertsShape:
     """The sizes that the cost model reads."""
     elements = 0
-    for group, weights, _ in op.class_operands():
-        for position, value in enumerate(weights):
+    for group, weights, region in op.class_operands():
+        matrices = [inner for inner in region.block if isinstance(inner, DequantOp)]
+        elements += sum(len(group.experts) * math.prod(tensor_of(inner.weight).static_shape) for inner in matrices)
+        packed = {operand for inner in matrices for operand in inner.operands}
+        for position, (value, argument) in enumerate(zip(weights, region.block.arguments[1:], strict=True)):
             repeats = 1 if position < group.stacks else len(group.experts)
-            elements += repeats * math.prod(tensor_of(value).static_shape)
+            if argument not in packed:
+                elements += repeats * math.prod(tensor_of(value).static_shape)
     slots = static_size(op, tensor_of(op.ids).shape[1])
     return ExpertsShape(max(1, op.expert_count), slots, elements / max(1, op.expert_count))
 

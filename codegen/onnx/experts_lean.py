@@ -21,6 +21,7 @@ from moec.codegen.onnx.experts_loop import emit_loop
 from moec.codegen.onnx.merged_slots import merging_pays
 from moec.codegen.onnx.packed.product import usable_form
 from moec.dialects.moe import ExpertClass, ExpertsOp
+from moec.dialects.quant import DequantOp
 from moec.ir.operation import Block, Value
 
 # In the portable form a layer is to have no more than 2 E + 40 nodes, so only few experts can have three each.
@@ -61,6 +62,17 @@ def _class_output(
         apart = _apart(context, op)
         walk = BodyWalk(context, op, rows, apart=apart, each=apart and _each(context, op))
         return walk.run(region.block, stacks)
+
+
+def has_packed_weights(op: ExpertsOp) -> bool:
+    """Whether some expert has a packed matrix."""
+    return any(isinstance(inner, DequantOp) for region in op.regions for inner in region.block)
+
+
+def decodes_any(context: Context, op: ExpertsOp) -> bool:
+    """Whether some class of experts is decoded when the model runs."""
+    classes = enumerate(op.class_operands())
+    return any(decodes(context, region.block, class_stacks(context, op, n)) for n, (_, _, region) in classes)
 
 
 def decodes(context: Context, block: Block, stacks: Sequence[Stacks]) -> bool:

@@ -10,6 +10,7 @@ from moec.codegen.onnx.context import Context, reshape_target, tensor_of
 from moec.codegen.onnx.cost_model import Choice, Lowering
 from moec.codegen.onnx.experts_fused import emit_fused
 from moec.codegen.onnx.experts_lean import emit_lean
+from moec.codegen.onnx.experts_packed_fused import emit_packed_fused
 from moec.codegen.onnx.lean_function import emit_lean_function
 from moec.codegen.onnx.registry import emits_op
 from moec.codegen.onnx.route import RouteOperands, emit_route
@@ -63,6 +64,8 @@ def _emit_layer(context: Context, op: ExpertsOp) -> ir.Value:
     before = len(context.builder.nodes)
     if plan.form is not None:
         result = emit_fused(context, op, plan.form, plan.shared, plan.shared_parts)
+    elif plan.packed is not None:
+        result = emit_packed_fused(context, op, plan.packed)
     elif plan.choice.lowering is Lowering.LEAN_FUNCTION:
         result = emit_lean_function(context, op)
     else:

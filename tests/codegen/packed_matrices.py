@@ -185,7 +185,7 @@ def _swiglu() -> Activation:
 
 
 def experts_module(
-    classes: Sequence[Sequence[FeedForward]], hidden: int, *, routing: Routing, slots: int
+    classes: Sequence[Sequence[FeedForward]], hidden: int, *, routing: Routing
 ) -> tuple[ModuleOp, dict[str, torch.Tensor]]:
     """A router and a layer with these classes of experts, in order: y [tokens, hidden] of x."""
     count = symbol("seq")

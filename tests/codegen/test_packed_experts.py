@@ -11,9 +11,10 @@ import torch
 
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.emit import MODEL_FILE
+from moec.codegen.onnx.packed.kernel_form import Activations
 from moec.codegen.onnx.targets import Target
-from moec.dialects.moe import Routing
-from moec.dialects.quant import Integer, Span
+from moec.dialects.moe import Routing, Score, Select
+from moec.dialects.quant import Integer, Span, ZeroPoint
 from tests.codegen.packed_matrices import FORMATS, expert, experts_module, linear_module, random_packed
 from tests.codegen.running import assert_close, emit_and_run, load, module_of, reference, run
 
@@ -41,7 +42,7 @@ ALL = {**FORMATS, "int6 g16": Integer(6, Span.GROUP, 16)}
 def test_experts_of_one_format(name: str, target: Target, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(len(name))
     members = [expert([ALL[name]] * 3, HIDDEN, WIDTH, generator, bias="row" in name) for _ in range(EXPERTS)]
-    op, weights = experts_module([members], HIDDEN, routing=ROUTING, slots=2)
+    op, weights = experts_module([members], HIDDEN, routing=ROUTING)
     module = module_of(op, weights)
     feeds = {"x": torch.randn((9, HIDDEN), generator=generator)}
     found, report = emit_and_run(module, feeds, tmp_path, target=target)
@@ -68,7 +69,7 @@ def test_a_layer_of_many_formats(target: Target, tmp_path: Path) -> None:
     classes = [
         [expert(kind, HIDDEN, WIDTH, generator) for _ in range(1 + number % 2)] for number, kind in enumerate(kinds)
     ]
-    module = module_of(*experts_module(classes, HIDDEN, routing=Routing(k=3), slots=3))
+    module = module_of(*experts_module(classes, HIDDEN, routing=Routing(k=3)))
     for rows in (17, 1):
         feeds = {"x": torch.randn((rows, HIDDEN), generator=generator)}
         found, _ = emit_and_run(module, feeds, tmp_path / str(rows), target=target)
@@ -80,7 +81,7 @@ def test_weights_stay_packed_when_the_runtime_loads_them(name: str, tmp_path: Pa
     """The trap: a runtime computes what depends on weights alone when it loads a file, and keeps it unpacked."""
     generator = torch.Generator().manual_seed(2)
     members = [expert([ALL[name]] * 3, HIDDEN, WIDTH, generator) for _ in range(EXPERTS)]
-    op, weights = experts_module([members], HIDDEN, routing=ROUTING, slots=2)
+    op, weights = experts_module([members], HIDDEN, routing=ROUTING)
     feeds = {"x": torch.randn((3, HIDDEN), generator=generator)}
     emit_and_run(module_of(op, weights), feeds, tmp_path / "experts", target=Target.PORTABLE)
     assert _optimised_bytes(tmp_path / "experts") < 1.1 * _stored_bytes(tmp_path / "experts")
@@ -110,10 +111,60 @@ def test_many_experts_go_into_a_function(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     for number, name in enumerate(["int4 row", "codebook 4 bits"]):
         members = [expert([ALL[name]] * 3, 32, 32, generator) for _ in range(130)]
-        op, weights = experts_module([members], 32, routing=ROUTING, slots=2)
+        op, weights = experts_module([members], 32, routing=ROUTING)
         module = module_of(op, weights)
         feeds = {"x": torch.randn((5, 32), generator=generator)}
         folder = tmp_path / str(number)
         found, report = emit_and_run(module, feeds, folder, target=Target.ORT_CPU)
         assert report.layers[0].choice.lowering is Lowering.LEAN_FUNCTION
+        assert_close(found["y"], reference(module, feeds)["y"])
+
+
+QMOE_FORMATS = {
+    "int4 g32": Integer(4, Span.GROUP, 32),
+    "int4 g16 zero points": Integer(4, Span.GROUP, 16, ZeroPoint.INTEGER),
+    "int8 g32": Integer(8, Span.GROUP, 32),
+    "int2 g32": Integer(2, Span.GROUP, 32),
+}
+
+
+@pytest.mark.parametrize("activations", list(Activations), ids=lambda value: value.value)
+@pytest.mark.parametrize("name", QMOE_FORMATS)
+def test_the_fused_operator_weighs_experts_by_the_gates(name: str, activations: Activations, tmp_path: Path) -> None:
+    """Gates that are no softmax of the chosen ones: sigmoid scores, not normalised, with empty slots."""
+    kind = QMOE_FORMATS[name]
+    generator = torch.Generator().manual_seed(4)
+    members = [expert([kind] * 3, HIDDEN, WIDTH, generator, bias="zero" in name) for _ in range(EXPERTS)]
+    routing = Routing(score=Score.SIGMOID, select=Select.THRESHOLD, p=0.5, k_max=3, scale=1.7)
+    module = module_of(*experts_module([members], HIDDEN, routing=routing))
+    feeds = {"x": torch.randn((9, HIDDEN), generator=generator)}
+    options = {"target": Target.ORT_CPU, "activations": activations}
+    found, report = emit_and_run(module, feeds, tmp_path, lowering=Lowering.FUSED, **options)
+    exact = activations is Activations.FLOAT32
+    if exact and kind.bits != 4:
+        assert report.layers[0].choice.lowering is Lowering.LEAN
+        assert "float32 activations" in report.layers[0].choice.reason
+    else:
+        assert report.layers[0].choice.lowering is Lowering.FUSED_PACKED
+        assert report.layers[0].nodes < 12
+    assert_close(found["y"], reference(module, feeds)["y"], 1e-5 if exact else 2e-2)
+
+
+def test_what_the_fused_operator_gets_wrong_never_reaches_it(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    blocks = Integer(4, Span.GROUP, 32)
+    refused = {
+        "mixed widths": ([blocks, blocks, Integer(8, Span.GROUP, 32)], ROUTING, "one format"),
+        "rows": ([Integer(4)] * 3, ROUTING, "blocks"),
+        "blocks of 48": ([Integer(4, Span.GROUP, 48)] * 3, ROUTING, "blocks"),
+        "raw logits": ([blocks] * 3, Routing(k=2, score=Score.IDENTITY), "negative"),
+    }
+    for name, (formats, routing, reason) in refused.items():
+        hidden = 96 if "48" in name else HIDDEN
+        members = [expert(formats, hidden, WIDTH, generator) for _ in range(EXPERTS)]
+        module = module_of(*experts_module([members], hidden, routing=routing))
+        feeds = {"x": torch.randn((4, hidden), generator=generator)}
+        options = {"target": Target.ORT_CPU, "lowering": Lowering.FUSED}
+        found, report = emit_and_run(module, feeds, tmp_path / name, **options)
+        assert reason in report.layers[0].choice.reason
         assert_close(found["y"], reference(module, feeds)["y"])
