@@ -89,6 +89,7 @@ class Factorize(Pass):
     active: int = option("neurons that count as active on a token; 0 is a tenth of them", 0)
     iterations: int = option("co-activation: how often groups are formed anew; CMoE does it once", 20)
     shared: int = option("neurons that stay dense", 0)
+    shared_experts: int = option("neurons that stay dense, as many as that number of further experts would have", 0)
     shared_by: SharedBy = option("which neurons stay dense", SharedBy.COLUMNS)
     uneven: Uneven = option("what to do where the experts do not divide the width", Uneven.REFUSE)
     keep: float = option("domain-masks, gradient-overlap: share of the neurons that each expert has", 0.5)
@@ -96,16 +97,18 @@ class Factorize(Pass):
     def __post_init__(self) -> None:
         if self.experts < 1:
             raise ValueError("experts must be at least 1")
-        if self.shared < 0 or self.active < 0:
-            raise ValueError("shared and active must not be negative")
+        if self.shared < 0 or self.shared_experts < 0 or self.active < 0:
+            raise ValueError("shared, shared_experts and active must not be negative")
+        if self.shared and self.shared_experts:
+            raise ValueError("give either shared or shared_experts")
         if self.iterations < 1:
             raise ValueError("iterations must be at least 1")
         if not 0 < self.keep <= 1:
             raise ValueError("keep must be above 0 and at most 1")
-        if self.partition.overlaps and self.shared:
+        if self.partition.overlaps and (self.shared or self.shared_experts):
             raise ValueError(f"partition={self.partition.value} shares what all experts have, not a number of neurons")
 
-        if self.target is not Target.BLOCKS and (self.partition.overlaps or self.shared):
+        if self.target is not Target.BLOCKS and (self.partition.overlaps or self.shared or self.shared_experts):
             raise ValueError(f"target={self.target.value} takes a partition, without shared neurons")
         if self.target is Target.ATTENTION_HEADS and self.partition.reads_text:
             raise ValueError("heads can be contiguous, random, or alike by k-means on the output projection")
@@ -147,7 +150,7 @@ class Factorize(Pass):
             calibration = context.require_calibration()
             return Observed.of(calibration, calibration.sample(layer))
 
-        division = self._division()
+        division = self._division(block.width)
         neurons, groups = division.divide(layer.name, block, text, self._generator(layer.index, context))
         shared = None if neurons is None else without_output_bias(slice_neurons(block, neurons))
         if division.reads_text:
@@ -225,7 +228,9 @@ class Factorize(Pass):
     def _generator(self, index: int, context: PassContext) -> torch.Generator:
         return torch.Generator().manual_seed(context.seed * 1_000_003 + index)
 
-    def _division(self) -> Division:
+    def _division(self, width: int = 0) -> Division:
+        """Of a block of `width` neurons; without one, where none is shared."""
+        shared = width * self.shared_experts // (self.experts + self.shared_experts)
         return Division(
             self.experts,
             self.partition,
@@ -233,7 +238,7 @@ class Factorize(Pass):
             self.activity,
             self.active,
             self.iterations,
-            self.shared,
+            self.shared or shared,
             self.shared_by,
             self.uneven,
             self.keep,

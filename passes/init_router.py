@@ -13,8 +13,16 @@ import torch
 
 from moec.dialects.builtin import ModuleOp
 from moec.errors import UsageError
-from moec.experts import FeedForward, MoeLayer, find_moe_layers, load_expert, replace_router
+from moec.experts import (
+    FeedForward,
+    MoeLayer,
+    UnreadableExpertError,
+    find_moe_layers,
+    load_expert,
+    replace_router,
+)
 from moec.experts.router_source import feed_router, freeze_router
+from moec.experts.run import expert_outputs
 from moec.ir import Operation, TensorType
 from moec.passes.factorizing.activity import Activity, Observed, markers
 from moec.passes.router_init.features import (
@@ -58,22 +66,13 @@ class RouterKind(Enum):
     TOKEN_TABLE = "token-table"  # logits of each token of the vocabulary: hidden states decide nothing (pre-gate)
 
 
-_NEEDS_NEURONS = (
-    RouterKind.WEIGHT_CENTROID,
-    RouterKind.ACTIVATION_CENTROID,
-    RouterKind.LEAST_SQUARES,
-    RouterKind.NEURON,
-    RouterKind.HIDDEN_LAYER,
-    RouterKind.TOKEN_TABLE,
-)
-
-
 @register_pass("init-router")
 @dataclass(frozen=True)
 class InitRouter(Pass):
     """Gives every router weights that rank experts, without training: in closed form, by chance, or from texts.
 
-    1. What expert e gives to row x is the sum over its neurons of |phi_i(x)| ||D_i||. `least-squares` fits a linear map
+    1. What expert e gives to row x is the sum over its neurons of |phi_i(x)| ||D_i||, or the length of its output where
+       it is heads of attention. `least-squares` fits a linear map
        with a bias to that on the calibration sample; it needs 32 rows for each of its hidden size + 1 unknowns to be
        reliable, and says where there are fewer. `activation-centroid` sends a row to the nearest of the experts' mean
        rows, exactly: its bias is -||c||^2 / 2.
@@ -108,6 +107,7 @@ class InitRouter(Pass):
     prompts: Path | None = option("prompts: the file", None)
     mode: PromptMode = option("prompts: what stands for a prompt", PromptMode.HIDDEN)
     prior: float = option("token-table: rows that the map of token embeddings counts as", 4.0)
+    bias: bool = option("random, frozen-random and group: with a bias, of zeros", False)
     common: bool = option("token-table: one table for all layers", False)
 
     def __post_init__(self) -> None:
@@ -117,6 +117,8 @@ class InitRouter(Pass):
             raise ValueError("shards and active must be at least 1")
         if (self.prompts is None) == (self.kind is RouterKind.PROMPTS):
             raise ValueError("prompts names a file for kind=prompts")
+        if self.bias and self.kind not in (RouterKind.RANDOM, RouterKind.FROZEN_RANDOM, RouterKind.GROUP):
+            raise ValueError("bias is for random routers; least-squares and activation-centroid have one")
         if self.common and self.kind is not RouterKind.TOKEN_TABLE:
             raise ValueError("common is for kind=token-table")
 
@@ -154,17 +156,19 @@ class InitRouter(Pass):
         width = _router_width(layer)
         match self.kind:
             case RouterKind.RANDOM | RouterKind.FROZEN_RANDOM:
-                return torch.randn(layer.expert_count, width, generator=generator) * self.deviation, None
+                weight = torch.randn(layer.expert_count, width, generator=generator) * self.deviation
+                return weight, torch.zeros(layer.expert_count) if self.bias else None
             case RouterKind.GROUP:
                 if layer.outputs % self.shards:
                     raise UsageError(f"{self.shards} shards do not divide {layer.outputs} outputs", where=layer.name)
-                return group_rows(layer.outputs, self.shards, width, self.deviation, generator), None
+                weight = group_rows(layer.outputs, self.shards, width, self.deviation, generator)
+                return weight, torch.zeros(layer.outputs) if self.bias else None
             case RouterKind.WEIGHT_CENTROID:
                 return weight_centroids(_neurons(layer, context)), None
             case RouterKind.DOMAIN:
                 return self._domains(op, layer, context), None
         sample = context.require_calibration().sample(layer)
-        importance = expert_importance(_neurons(layer, context), sample.x)
+        importance = _importance(layer, sample.x, context)
         if self.kind is RouterKind.ACTIVATION_CENTROID:
             return row_centroids(sample.router_input, importance)
         self._require_rows(layer, len(sample), width + 1, context)
@@ -233,7 +237,7 @@ class InitRouter(Pass):
         targets: dict[str, torch.Tensor] = {}
         for layer in layers:
             sample = calibration.sample(layer)
-            importance = expert_importance(_neurons(layer, context), sample.x)
+            importance = _importance(layer, sample.x, context)
             targets[layer.name] = importance[:, torch.tensor(layer.stored)] / importance.mean().clamp(min=1e-300)
         if self.common and targets:
             shapes = {tuple(target.shape) for target in targets.values()}
@@ -293,6 +297,16 @@ def _neurons(layer: MoeLayer, context: PassContext) -> list[FeedForward]:
             raise UsageError(f"stored expert {number} has no neurons to rank it by", where=layer.name)
         experts.append(expert)
     return experts
+
+
+def _importance(layer: MoeLayer, x: torch.Tensor, context: PassContext) -> torch.Tensor:
+    """What each stored expert gives to rows [n, H], float64 [n, E]."""
+    try:
+        return expert_importance(_neurons(layer, context), x)
+    except UnreadableExpertError:
+        norms = [y.norm(dim=1).double() for y in expert_outputs(layer, context.require_weights(), x)]
+        by_output = torch.stack(norms, dim=1)
+        return by_output[:, torch.tensor(layer.stored).argsort()]
 
 
 def _router_width(layer: MoeLayer) -> int:

@@ -79,6 +79,7 @@ class SetRouting(Pass):
     changed = Statistic("routes")
     select: Selection = option("which experts a token gets; k alone means top-k", Selection.KEEP)
     k: int = option("experts for each token; 0 leaves their number", 0)
+    share: float = option("experts for each token as a share of the layer's, one at least; 0 leaves their number", 0.0)
     p: float = option("top-p and entropy: the scores to reach", 0.75)
     k_min: int = option("top-p and entropy: experts for each token at least", 1)
     k_max: int = option("top-p: experts for each token at most; 0 is all", 0)
@@ -95,9 +96,11 @@ class SetRouting(Pass):
     def __post_init__(self) -> None:
         if self.k < 0:
             raise ValueError("k must not be negative")
-        if self.select is Selection.TOP_K and not self.k:
-            raise ValueError("top-k needs k")
-        if self.k and self.select not in (Selection.KEEP, Selection.TOP_K):
+        if not 0 <= self.share <= 1 or (self.k and self.share):
+            raise ValueError("share is at most 1, and excludes k")
+        if self.select is Selection.TOP_K and not self.k and not self.share:
+            raise ValueError("top-k needs k or share")
+        if (self.k or self.share) and self.select not in (Selection.KEEP, Selection.TOP_K):
             raise ValueError(f"k has no meaning for {self.select.value}, which has k_min and k_max")
         if not 0 < self.p <= 1:
             raise ValueError("p must be above 0 and at most 1")
@@ -126,7 +129,8 @@ class SetRouting(Pass):
     def _selected(self, layer: MoeLayer, context: PassContext) -> Routing:
         routing: Routing = layer.route.routing
         experts = layer.outputs
-        for name, number in (("k", self.k), ("k_min", self.k_min), ("k_max", self.k_max)):
+        k = max(1, round(self.share * experts)) if self.share else self.k
+        for name, number in (("k", k), ("k_min", self.k_min), ("k_max", self.k_max)):
             if number > experts:
                 raise UsageError(
                     f"{number} experts cannot be chosen among {experts}",
@@ -135,17 +139,17 @@ class SetRouting(Pass):
                 )
         plain = replace(routing, k=0, k_max=0, k_min=1, rank_offset=0, p=0.0, take_crossing=True)
         match self.select:
-            case Selection.KEEP if not self.k:
+            case Selection.KEEP if not k:
                 return routing
             case Selection.KEEP | Selection.TOP_K:
                 if routing.select is Select.PER_GROUP_TOPK:
-                    return replace(routing, k=self.k)
+                    return replace(routing, k=k)
                 if self.select is Selection.KEEP and routing.select not in (Select.TOPK, Select.ALL):
                     context.refuse(
                         layer.route, f"its router selects by {routing.select.value}, not a number", self.pass_name
                     )
                     return routing
-                return replace(plain, select=Select.TOPK, k=self.k)
+                return replace(plain, select=Select.TOPK, k=k)
             case Selection.TOP_P | Selection.ENTROPY:
                 if routing.score is not Score.SOFTMAX:
                     raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,23 @@ def run_layer(
     stored = torch.where(gates != 0, stored, -1)
     y = frame.tensor(layer.experts.y) if with_experts else None
     return LayerRun(ids, gates, stored, frame.tensor(layer.route.logits), y)
+
+
+def expert_outputs(layer: MoeLayer, weights: WeightContext, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What the expert of each router output makes of rows `x` [n, H] with gate 1: [n, H] each, float32.
+
+    It runs the experts' bodies as they are, so it knows experts that cannot be taken apart, too.
+    """
+    op = layer.experts
+    compute = prepare(op)
+    for output in range(layer.outputs):
+        types = ElementTypes(torch.float32)
+        settings = RunSettings(types, WeightLoader(weights, types), ExpertsLowering.GROUPED)
+        frame = Frame(settings, symbols_of(layer, len(x)), {op.x: x.float()})
+        frame.values[op.ids] = torch.full((len(x), 1), output, dtype=torch.int64)
+        frame.values[op.gates] = torch.ones(len(x), 1)
+        with torch.no_grad():
+            yield compute(frame)[0]
 
 
 def _frame(

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from moec.artifact.tokens import TokenBatch, function_inputs
 from moec.dialects.builtin import FuncOp, ModuleOp
-from moec.dialects.moe import ExpertsOp, RouteOp, WeightFrom
-from moec.ir import Operation, TensorType
+from moec.dialects.moe import RouteOp, WeightFrom
+from moec.experts import MoeLayer, find_moe_layers
+from moec.ir import Operation, TensorType, Value
 from moec.passes.building import Builder
 from moec.passes.matching import tensor
 from moec.reference.executor import Executor
@@ -21,6 +22,9 @@ from moec.weights.context import WeightContext
 
 Windows = Sequence[NDArray[np.int64]]
 """Token ids of equal length."""
+
+_TINY = 1e-20
+"""Keeps the logits of a router of zeros from a division by zero."""
 
 Teacher = Callable[[torch.Tensor], torch.Tensor]
 """Logits [batch, seq, vocabulary] of token ids int64 [batch, seq], to learn from."""
@@ -59,12 +63,14 @@ def train(
     held_out: Windows,
     schedule: Schedule,
     teacher: Teacher | None,
+    relative: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Trains the weights `names` on `windows`; those with the least loss on `held_out` count, the untrained included.
 
     The loss is that of the next token, or with a `teacher` the mean divergence of its distribution from the model's;
     held-out losses are always those of the next token.
     """
+    relative = relative or {}
     student = with_soft_gates(op)
     executor = Executor(student, weights, keep_weights=True)
     sources = {name: source for name, source in _sources(op).items() if name in set(names)}
@@ -74,7 +80,8 @@ def train(
     kept: dict[str, torch.Tensor] = {}
     if not trained:
         return Outcome(before, before, {})
-    optimizer = torch.optim.Adam(list(trained.values()), lr=schedule.rate)
+    groups = [{"params": [value], "lr": schedule.rate * relative.get(name, 1.0)} for name, value in trained.items()]
+    optimizer = torch.optim.Adam(groups, lr=schedule.rate)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, schedule.steps)
     checks = {schedule.steps * (check + 1) // schedule.checks for check in range(schedule.checks)}
     for step, batch in enumerate(_batches(windows, schedule), start=1):
@@ -116,32 +123,46 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def with_soft_gates(op: ModuleOp) -> ModuleOp:
-    """A copy in which gates that are one are p / p for the softmax scores p, where the divisor has no derivative.
+    """A copy in which gates that are one are p / p, where the divisor has no derivative.
 
-    Values stay; the router gets the derivative of log p, without which it would learn nothing.
+    p is the softmax of the logits divided by their standard deviation over the experts, since routers that are fitted
+    to what experts give have logits of any size. Values stay; the router's weights get the derivative of log p, without
+    which they would learn nothing. What the router reads gets none: its choice has no derivative by hidden states, and
+    log p would drown that of the experts.
     """
     clone = op.clone()
     assert isinstance(clone, ModuleOp)
-    for experts in [item for item in clone.walk() if isinstance(item, ExpertsOp)]:
-        route = experts.gates.defining_op
-        if isinstance(route, RouteOp) and route.routing.weight_from is WeightFrom.ONE:
-            _soften(experts, route)
+    for layer in find_moe_layers(clone):
+        if layer.route.routing.weight_from is WeightFrom.ONE:
+            _soften(layer)
     return clone
 
 
-def _soften(experts: ExpertsOp, route: RouteOp) -> None:
+def _soften(layer: MoeLayer) -> None:
+    experts, route, router = layer.experts, layer.route, layer.router
     build = Builder(lambda made: made.insert_before(experts))
-    scores, gates = tensor(route.logits), tensor(route.gates)
-    kind = TensorType(gates.shape, scores.dtype)
-    softmax = build.aten("softmax.int", {"self": route.logits}, scores, dim=-1, dtype=None)
-    chosen = build.aten("gather.default", {"self": softmax, "index": route.ids}, kind, dim=1, sparse_grad=False)
-    fixed = build.aten("detach.default", {"self": chosen}, kind)
-    # 1, or 1 where p is so small that p / p is no number
-    ratio = build.aten("div.Tensor", {"self": build.aten("add.Scalar", {"self": chosen}, kind, other=1e-30, alpha=1),
-                                      "other": build.aten("add.Scalar", {"self": fixed}, kind, other=1e-30, alpha=1)},
-                       kind)  # fmt: skip
-    soft = build.aten("mul.Tensor", {"self": route.gates, "other": ratio}, gates)
-    experts.set_operand(2, soft)
+    wide, gates = tensor(route.logits), tensor(route.gates)
+    column, kind = TensorType((wide.shape[0], 1), wide.dtype), TensorType(gates.shape, wide.dtype)
+
+    def fixed(value: Value) -> Value:
+        return build.aten("detach.default", {"self": value}, tensor(value))
+
+    given: dict[str, Value | tuple[Value, ...]] = {"input": fixed(router.tensor("input"))}
+    given["weight"] = router.tensor("weight")
+    if router.tensors("bias"):
+        given["bias"] = router.tensors("bias")[0]
+    logits = build.view(build.aten("linear.default", given, tensor(router.result)), wide.shape)
+    mean = build.aten("mean.dim", {"self": logits}, column, dim=(-1,), keepdim=True, dtype=None)
+    centred = build.aten("sub.Tensor", {"self": logits, "other": mean}, wide, alpha=1)
+    square = build.aten("mul.Tensor", {"self": centred, "other": centred}, wide)
+    variance = build.aten("mean.dim", {"self": square}, column, dim=(-1,), keepdim=True, dtype=None)
+    positive = build.aten("add.Scalar", {"self": fixed(variance)}, column, other=_TINY, alpha=1)
+    deviation = build.aten("sqrt.default", {"self": positive}, column)
+    scaled = build.aten("div.Tensor", {"self": centred, "other": deviation}, wide)
+    scores = build.aten("softmax.int", {"self": scaled}, wide, dim=-1, dtype=None)
+    chosen = build.aten("gather.default", {"self": scores, "index": route.ids}, kind, dim=1, sparse_grad=False)
+    ratio = build.aten("div.Tensor", {"self": chosen, "other": fixed(chosen)}, kind)
+    experts.set_operand(2, build.aten("mul.Tensor", {"self": route.gates, "other": ratio}, gates))
 
 
 def _sources(op: Operation) -> dict[str, str]:

@@ -17,7 +17,7 @@ from tests.cli.conftest import DEMO_MODEL, EXAMPLES, Command
 DENSE_MODEL = EXAMPLES / "models" / "tiny-dense"
 MOE, DENSE = ModelKind.MOE, ModelKind.DENSE
 NAMES = (
-    "best", "camera-p", "compressed-experts", "d2-moe", "dern", "hc-smoe", "heapr", "m-smoe", "mc-smoe", "mole", "naee",
+    "best", "camera-p", "cmoe", "compressed-experts", "d2-moe", "dern", "hc-smoe", "heapr", "m-smoe", "mc-smoe", "mole", "naee",
     "reap", "uncurl",
 )  # fmt: skip
 
