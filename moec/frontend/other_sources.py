@@ -131,7 +131,8 @@ def _compare_tokenizers(folder: Path, other: Path) -> None:
         place: str | None = "its bytes"
         if name == _TOKENIZER:
             read = [read_json_object(path) for path in paths]
-            place = _difference(*[{key: item[key] for key in item.keys() - _NOT_TOKENS} for item in read])
+            first, second = ({key: item[key] for key in item.keys() - _NOT_TOKENS} for item in read)
+            place = _difference(first, second)
         if place is not None:
             raise UsageError(
                 f"the tokenizers of the models differ in {place}",

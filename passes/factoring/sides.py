@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from math import prod
 
 import torch
 
 from moec.calibration.sample import LayerSample
 from moec.calibration.second_moments import hidden_second_moment, input_second_moment
-from moec.experts import Dense, FeedForward, Matrix, MoeLayer, PartlyLowRank, Projection
+from moec.experts import Dense, FeedForward, LowRank, Matrix, MoeLayer, PartlyLowRank, Projection
 from moec.passes.factoring.whitening import Whitening, plain, whitening
 
 
@@ -63,6 +64,8 @@ def _numbers(matrix: Matrix, shared: bool) -> int:
         return matrix.weight.numel()
     if isinstance(matrix, PartlyLowRank):
         return matrix.whole.numel() + _numbers(matrix.rest, shared)
+    if not isinstance(matrix, LowRank):  # packed numbers are as many as they stand for
+        return prod(matrix.shape)
     own = [(matrix.left, not matrix.left_is_shared), (matrix.right, not matrix.right_is_shared), (matrix.base, False)]
     return sum(tensor.numel() for tensor, is_own in own if tensor is not None and (is_own or shared))
 
