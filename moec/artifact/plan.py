@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moec.artifact.measurements import Cost
 from moec.artifact.options import COPIED_FILES, LEAN_BYTES, Check, CompileOptions
-from moec.frontend.model_kind import model_shape
+from moec.frontend.model_kind import ModelShape, model_shape
 from moec.frontend.other_sources import require_equal_configs
 
 _MIB = 1 << 20
@@ -49,7 +49,7 @@ def plan_compilation(source: Path, options: CompileOptions) -> Plan:
         require_equal_configs(source, other)
     # the result has at most the weights of all
     count = shape.parameters * (1 + len(options.others))
-    written = 0 if options.weights_in_place else count * options.dtype.itemsize
+    written = 0 if options.weights_in_place else _written_bytes(shape, count * options.dtype.itemsize, options)
     companions = sum((source / name).stat().st_size for name in COPIED_FILES if (source / name).is_file())
     comparisons = int(options.check is not Check.NONE) + int(options.verify)
     seconds = (
@@ -74,3 +74,16 @@ def plan_compilation(source: Path, options: CompileOptions) -> Plan:
             disk_bytes=written + companions + _GRAPH_BYTES_PER_LAYER * max(shape.layers, 1),
         ),
     )
+
+
+def _written_bytes(shape: ModelShape, everything: int, options: CompileOptions) -> int:
+    """Bytes of the weights in the artifact, `everything` if nothing makes them smaller."""
+    from moec.pipeline.recipes import requested_size
+
+    wanted = requested_size(options.recipe, options.budget, shape.kind)
+    if wanted is None:
+        return everything
+    if wanted.bytes is not None:
+        return min(wanted.bytes, everything)
+    assert wanted.share is not None
+    return everything - round((1 - wanted.share) * shape.expert_parameters * options.dtype.itemsize)

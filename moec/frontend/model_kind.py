@@ -26,13 +26,14 @@ class ModelKind(Enum):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """`parameters` are counted once where they are tied, `experts` over all layers; `largest` is the largest matrix, in
-    bytes of float32."""
+    """`parameters` are counted once where they are tied, `experts` over all layers, and `expert_parameters` are theirs;
+    `largest` is the largest matrix, in bytes of float32."""
 
     architecture: str
     parameters: int
     layers: int
     experts: int
+    expert_parameters: int
     largest: int
 
     @property
@@ -54,7 +55,7 @@ def model_shape(source: Path) -> ModelShape:
         type(model).__name__,
         sum(parameter.numel() for parameter in parameters),
         int(getattr(model.config, "num_hidden_layers", 0) or 0),
-        _experts(model),
+        *_experts(model),
         # experts are read one by one, whatever stack they are in
         max((4 * math.prod(parameter.shape[-2:]) for parameter in parameters), default=0),
     )
@@ -70,17 +71,23 @@ def _model_on_meta(values: dict[str, Any], where: str) -> Any:
         return source.model_class._from_config(source.config, dtype=torch.float32)
 
 
-def _experts(model: nn.Module) -> int:
-    """Experts in all layers: the first size of the three-dimensional parameters of each module, and the members of
-    lists that are called experts. Kernels of convolutions and tables for a batch of one are none."""
+def _experts(model: nn.Module) -> tuple[int, int]:
+    """(experts in all layers, their parameters).
+
+    Experts are the first size of the three-dimensional parameters of each module, and the members of lists that are
+    called experts. Kernels of convolutions and tables for a batch of one are none.
+    """
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
-    found = 0
+    found, size = 0, 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts":
             found += len(module)
+            size += sum(parameter.numel() for parameter in module.parameters())
         elif not isinstance(module, _ConvNd):
-            stacks = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-            found += max((size for size in stacks if size > 1), default=0)
-    return found
+            stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+            stacks = [parameter for parameter in stacks if parameter.shape[0] > 1]
+            found += max((parameter.shape[0] for parameter in stacks), default=0)
+            size += sum(parameter.numel() for parameter in stacks)
+    return found, size

@@ -24,7 +24,7 @@ from string import Template
 
 import yaml
 
-from moec.budget.sizes import parse_budget
+from moec.budget.sizes import Budget, parse_budget
 from moec.errors import UnsafeInputError, UsageError
 from moec.frontend.model_kind import ModelKind
 from moec.pipeline.options import suggestion
@@ -185,6 +185,17 @@ def requested_pipeline(recipe: str, budget: str, dtype: str, model: ModelKind) -
         )
     request = RecipeRequest.parse(recipe or BEST)
     return find_recipe(request.name, model).text(budget, dtype, request.settings)
+
+
+def requested_size(recipe: str, budget: str, model: ModelKind) -> Budget | None:
+    """What a recipe and a budget leave of the bytes of the experts, or of all weights; None where nothing says.
+
+    Raises UsageError as `requested_pipeline`.
+    """
+    if not recipe and not budget:
+        return None
+    text = budget or find_recipe(RecipeRequest.parse(recipe).name, model).budget
+    return parse_budget(text) if text and model is ModelKind.MOE else None
 
 
 def recipe_list_text(found: Sequence[Recipe]) -> str:

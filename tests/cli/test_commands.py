@@ -162,6 +162,14 @@ def test_plan_is_near_what_the_compilation_took(moec: Command, compiled: Path) -
     assert plan["cost"]["disk_bytes"] == pytest.approx(measured.actual.disk_bytes, rel=0.1)
 
 
+@pytest.mark.parametrize(("budget", "least"), [("50%", 7_600_000), ("8MB", 7_900_000)])
+def test_plan_counts_with_the_budget(moec: Command, budget: str, least: int) -> None:
+    code, out, _ = moec("plan", DEMO_MODEL, "--json", "--budget", budget)
+    whole = json.loads(moec("plan", DEMO_MODEL, "--json")[1])["cost"]["disk_bytes"]
+    disk = json.loads(out)["cost"]["disk_bytes"]
+    assert code == 0 and least < disk < least + 1_000_000 < whole
+
+
 def test_plan_needs_no_weights(moec: Command, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((DEMO_MODEL / "config.json").read_text())
     code, out, _ = moec("plan", tmp_path)
