@@ -20,6 +20,7 @@ PACKAGE_NAME = "moec_kernels"
 ROUTE_OPERANDS = ("logit_bias", "mask", "select_bias", "per_expert_scale")
 """Vectors with one number per router output that a route may have, in the order of the kernel's arguments."""
 
+_KERNELS = "kernels.py.j2"
 _ROUTE_BLOCK = 1024  # numbers of a block of logits
 _SHANNON = 1e-6  # orders of entropy this near to 1 are 1, as in the reference
 # finite stand-ins for minus infinity: masked, lower than every choice, and taken already
@@ -41,7 +42,7 @@ def render_package(kinds: Sequence[LayerKind]) -> dict[str, str]:
     found = {}
     for number, kind in enumerate(kinds):
         values = _values(kind, f"kind_{number}")
-        found[f"kind_{number}.py"] = _render("kernels.py.j2", **values)
+        found[f"kind_{number}.py"] = _render(_KERNELS, **values)
         found[f"reference_{number}.py"] = _render("reference.py.j2", **values)
     digest = hashlib.sha256("".join(found.values()).encode()).hexdigest()[:12]
     shared = {
@@ -151,4 +152,7 @@ def _render(template: str, **values: object) -> str:
     text = re.sub(r"^[ \t]+\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\n{4,}", "\n\n\n", text)
+    if template == _KERNELS:
+        # between macros; docstrings are indented less
+        text = re.sub(r"\n\n+(?= {8})", "\n", text)
     return text.strip("\n") + "\n"

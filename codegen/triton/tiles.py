@@ -56,12 +56,15 @@ def tile_table(kinds: Sequence[LayerKind]) -> dict[str, dict[str, list[int]]]:
 
 def tile_for(kind: LayerKind, phase: Phase, product: Product, shared_bytes: int) -> Tile:
     """The tile of a product, with as many stages as fit `shared_bytes`."""
-    packed = any(item.packed for item in product.formats)
-    few = phase is not Phase.MANY
-    columns = 128 if packed and few and kind.element.nbytes == 2 else 64
-    if product.results == ("down",) and few:
-        columns //= 2
-    tile = Tile(16 if few else 64, columns, 64 if kind.element.nbytes == 2 else 32, 4, 4 if few else 3)
+    wide = kind.element.nbytes == 2
+    if phase is Phase.MANY:
+        tile = Tile(64, 64, 64 if wide else 32, 4, 3)
+    else:
+        # few warps: what a warp does for the rows, it does for more columns
+        tile = Tile(16, 64, 64, 2, 4) if wide else Tile(16, 32, 32, 2, 4)
+        if len(product.formats) > 1 and len(product.results) > 1:
+            # the registers of all formats are held at once
+            tile = replace(tile, warps=4)
     while tile.stages > 1 and shared_memory(kind, product, tile) > shared_bytes:
         tile = replace(tile, stages=tile.stages - 1)
     while tile.block_n > 16 and shared_memory(kind, product, tile) > shared_bytes:

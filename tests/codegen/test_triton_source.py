@@ -16,10 +16,12 @@ from moec.codegen.triton.rendering import PACKAGE_NAME, render_package
 from moec.codegen.triton.spec import Element
 from moec.dialects.builtin import ModuleOp
 from moec.dialects.moe import Routing, Score, Select
+from moec.dialects.quant import Integer, Ternary
 from moec.errors import UnsupportedModelError
 from moec.experts import find_moe_layers
 from moec.ir import Location
 from moec.module import Module
+from moec.quantization.rounding import Target
 from tests.codegen.running import module_of
 from tests.codegen.triton_layers import HIDDEN, Case, build
 from tests.ir.expert_bodies import affine, constant, dense, low_rank, mixed_layer
@@ -39,19 +41,28 @@ RECORDED = {
             {"select_bias": torch.zeros(6), "mask": torch.ones(6)},
         ),
     ),
+    "mixed_bits.py": (
+        Element.BFLOAT16,
+        Case(
+            "mixed",
+            [(dense(HIDDEN, 40), (0, 1, 2))],
+            (0, 1, 2),
+            packed={0: Target(Integer(4)), 1: Target(Ternary())},
+        ),
+    ),
 }
 
 
-def _source(element: Element, case: Case) -> dict[str, str]:
-    module = build([case])
+def _source(element: Element, case: Case, store: Path) -> dict[str, str]:
+    module = build([case], store=store)
     layer = read_layer(find_moe_layers(module.op)[0], module.weights, element)
     return render_package([layer.kind])
 
 
 @pytest.mark.parametrize("name", list(RECORDED))
-def test_source_is_as_recorded(name: str) -> None:
+def test_source_is_as_recorded(name: str, tmp_path: Path) -> None:
     """A change of a template shows as a difference of these files; MOEC_UPDATE_GOLDEN=1 writes them anew."""
-    text = _source(*RECORDED[name])["kind_0.py"]
+    text = _source(*RECORDED[name], tmp_path)["kind_0.py"]
     path = GOLDEN / name
     if os.environ.get(UPDATE):
         path.write_text(text, encoding="utf-8")
@@ -60,7 +71,7 @@ def test_source_is_as_recorded(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(RECORDED))
 def test_source_is_clean(name: str, tmp_path: Path) -> None:
-    for file, text in _source(*RECORDED[name]).items():
+    for file, text in _source(*RECORDED[name], tmp_path / "store").items():
         (tmp_path / file).write_text(text, encoding="utf-8")
     root = Path(__file__).parents[2]
     for check in (["check"], ["format", "--check"]):
@@ -86,7 +97,7 @@ def test_names_of_a_model_stay_out_of_source(tmp_path: Path) -> None:
 REFUSED = {
     "constant": ([(dense(HIDDEN, 16), (0, 1)), (constant(HIDDEN), (2, 3))], "is constant"),
     "affine": ([(dense(HIDDEN, 16), (0, 1)), (affine(HIDDEN, 2), (2, 3))], "is affine"),
-    "factored": ([(low_rank(HIDDEN, 16, 3), (0, 1, 2, 3))], "LowRank"),
+    "factored": ([(low_rank(HIDDEN, 16, 3), (0, 1, 2, 3))], "factored matrices"),
     "nothing but width 0": ([(dense(HIDDEN, 0), (0, 1, 2, 3))], "width 0"),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,10 +15,23 @@ from moec.codegen.triton.spec import Element
 from moec.dialects import aten
 from moec.dialects.builtin import FuncOp, ModuleOp, WeightOp
 from moec.dialects.moe import ExpertClass, ExpertsOp, RouteOp, Routing
-from moec.experts import LayerRun, find_moe_layers, run_layer
+from moec.experts import (
+    FeedForward,
+    LayerRun,
+    MoeLayer,
+    Projection,
+    Quantized,
+    find_moe_layers,
+    load_expert,
+    replace_experts,
+    run_layer,
+)
+from moec.experts.parts import copy_region
 from moec.ir import Value, symbol, verify
-from moec.module import Module
-from tests.codegen.running import module_of
+from moec.module import Module, SourceFacts
+from moec.quantization.rounding import Target, round_matrix
+from moec.weights.context import WeightContext
+from moec.weights.store import WeightStore
 from tests.ir.build import f32
 from tests.ir.expert_bodies import Kind, dense
 
@@ -33,7 +46,7 @@ def four_experts(width: int = 48) -> list[tuple[Kind, tuple[int, ...]]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A layer: its classes of experts, router output to expert, and the vectors of its route by name."""
+    """A layer: classes of experts, router output to expert, vectors of the route by name, and how to pack experts."""
 
     name: str
     kinds: Sequence[tuple[Kind, tuple[int, ...]]] = field(default_factory=four_experts)
@@ -41,10 +54,11 @@ class Case:
     routing: Routing = field(default_factory=lambda: Routing(k=2))
     operands: Mapping[str, torch.Tensor] = field(default_factory=dict)
     router_bias: torch.Tensor | None = None
+    packed: Mapping[int, Target] = field(default_factory=dict)
 
 
-def build(cases: Sequence[Case], hidden: int = HIDDEN, seed: int = 0) -> Module:
-    """`y_i = layer_i(x)` for every case, with random weights."""
+def build(cases: Sequence[Case], hidden: int = HIDDEN, store: Path | None = None, seed: int = 0) -> Module:
+    """`y_i = layer_i(x)` for every case, with random weights; packed ones go to `store`."""
     function = FuncOp.build("main", [f32(COUNT, hidden)], arg_names=["x"])
     x = function.arguments[0]
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +94,7 @@ def build(cases: Sequence[Case], hidden: int = HIDDEN, seed: int = 0) -> Module:
             route.ids,
             route.gates,
             weights,
-            regions=[kind.body for kind, _ in case.kinds],
+            regions=[copy_region(kind.body) for kind, _ in case.kinds],
             stored=case.stored,
             classes=tuple(
                 ExpertClass(members, len(kind.own) + len(kind.shared), len(kind.shared)) for kind, members in case.kinds
@@ -91,7 +105,23 @@ def build(cases: Sequence[Case], hidden: int = HIDDEN, seed: int = 0) -> Module:
     function.finish(results, [f"y{number}" for number in range(len(results))])
     op = ModuleOp.build([function])
     verify(op)
-    return module_of(op, tensors)
+    context = WeightContext(None, None if store is None else WeightStore(store), tensors)
+    for layer, case in zip(find_moe_layers(op), cases, strict=True):
+        new = {number: _packed(layer, context, number, target) for number, target in case.packed.items()}
+        replace_experts(layer, context, new)
+    verify(op)
+    return Module(op, context, SourceFacts("module"))
+
+
+def _packed(layer: MoeLayer, weights: WeightContext, number: int, target: Target) -> FeedForward:
+    expert = load_expert(layer, weights, number)
+    assert isinstance(expert, FeedForward)
+
+    def change(projection: Projection) -> Projection:
+        return replace(projection, matrix=Quantized(round_matrix(target, projection.dense())))
+
+    gate = None if expert.gate is None else change(expert.gate)
+    return replace(expert, gate=gate, up=change(expert.up), down=change(expert.down))
 
 
 _ORDER = ("logit_bias", "mask", "score_override", "override_on", "select_bias", "forced_ids", "per_expert_scale")
@@ -124,7 +154,7 @@ def outcomes(
     requests: list[LayerRows] = []
     expected: list[tuple[tuple[Element, str, int], LayerRun]] = []
     for element, some in cases.items():
-        module = build(some, hidden)
+        module = build(some, hidden, folder / "store")
         emit_triton(module, folder / element.value, element=element)
         for number, (case, layer) in enumerate(zip(some, find_moe_layers(module.op), strict=True)):
             for count in counts:
