@@ -19,6 +19,7 @@ from moec.passes.model_merging.task_vectors import MergedWeight, layer_name, lay
 from moec.passes.upcycling.sources import average_weights
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 from moec.weights.context import WeightContext
+from moec.weights.expression import Cast
 from moec.weights.expression_parser import parse_expression
 
 
@@ -159,8 +160,12 @@ def _merged_source(item: MergedWeight, coefficients: torch.Tensor, weights: Weig
         return item.sources[0]
     if len(ones) == 1 and len(zeros) == len(rows) - 1:
         return item.sources[1 + ones[0]]
+    own = parse_expression(item.sources[0])
+    # read as float32, but rounded to what the models are stored in
+    dtype = weights.shape_dtype(own.operand if isinstance(own, Cast) else own)[1]
     tensors = [weights.load(source) for source in item.sources]
     if weights.store is None:
         raise UsageError("merged weights need a store", hint="give the folder of a store")
     result = merged(tensors[0].float(), [tensor.float() for tensor in tensors[1:]], coefficients)
-    return str(weights.store.put(result.to(tensors[0].dtype)))
+    stored = weights.store.put(result.to(dtype))
+    return str(Cast(stored, own.dtype) if isinstance(own, Cast) else stored)

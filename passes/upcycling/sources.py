@@ -14,7 +14,7 @@ from moec.experts.reading import load_body
 from moec.frontend.other_sources import OtherSource
 from moec.ir import Operation
 from moec.weights.context import WeightContext
-from moec.weights.expression import Expression
+from moec.weights.expression import Cast, Expression
 from moec.weights.expression_parser import parse_expression
 from moec.weights.tensor_spec import TensorSpec
 
@@ -67,6 +67,9 @@ def average(weights: WeightContext, parts: Sequence[Expression]) -> Expression:
     """The mean of equally shaped tensors, a part of them in memory at a time; the first one where all are equal."""
     if len({weights.digest(part) for part in parts}) == 1:
         return parts[0]
+    casts = [part for part in parts if isinstance(part, Cast)]
+    if len(casts) == len(parts):
+        return Cast(average(weights, [cast.operand for cast in casts]), casts[0].dtype)
     if weights.store is None:
         raise UsageError("averages need a store for them", hint="give the folder of a store")
     shape, dtype = weights.shape_dtype(parts[0])

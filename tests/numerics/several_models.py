@@ -47,11 +47,15 @@ def save_tiny_phi(folder: Path) -> Path:
     return folder
 
 
-def several(model_type: str, folder: Path, *, equal: bool, only: tuple[str, ...] = ("",)) -> Module:
+def several(
+    model_type: str, folder: Path, *, equal: bool, only: tuple[str, ...] = ("",), dtype: torch.dtype = torch.float32
+) -> Module:
     """A raised module with two models beside it."""
     first = (
         save_tiny_phi(folder / "first") if model_type == "phi" else save_tiny_checkpoint(model_type, folder / "first")
     )
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(first / "model.safetensors").items()}
+    save_file(tensors, first / "model.safetensors", metadata={"format": "pt"})
     others = [first, first] if equal else [like(first, folder / str(seed), seed, only) for seed in (1, 2)]
     module = load_huggingface(first, WeightStore(folder / "store"), others)
     moec.run_passes(module, RAISING_PIPELINE)

@@ -15,6 +15,8 @@ from moec.dialects.nn import AttentionOp
 from moec.errors import UsageError
 from moec.experts import FeedForward, find_moe_layers, load_expert
 from moec.module import Module
+from moec.weights.expression import Stored
+from moec.weights.expression_parser import parse_expression
 from tests.experts.models import difference, output
 from tests.numerics.several_models import changed, several
 
@@ -100,6 +102,19 @@ def test_experts_are_bit_equal_and_the_rest_is_the_mean(different: Module) -> No
             assert found.dtype == tensors[0][name].dtype
     stacks = [op.source for op in module.op.walk() if isinstance(op, WeightOp) and ".class_" in op.weight_name]
     assert len(stacks) == 3 * len(find_moe_layers(module.op)) and not any("stored" in source for source in stacks)
+
+
+def test_element_types_of_the_sources_stay(tmp_path: Path) -> None:
+    module = several("llama", tmp_path, equal=False, dtype=torch.bfloat16)
+    joined = upcycled(module, "sources=all rest=average granularity=2 shared=seed")
+    for op in joined.op.walk():
+        if isinstance(op, WeightOp):
+            # what is read as float32 is stored as it was
+            assert ("router" in op.weight_name) != ("cast(" in op.source), op.weight_name
+    mean = next(op for op in joined.op.walk() if isinstance(op, WeightOp) and "q_proj" in op.weight_name)
+    stored = parse_expression(mean.source).operands[0]
+    assert isinstance(stored, Stored) and joined.weights.shape_dtype(stored)[1] is torch.bfloat16
+    assert output(joined).isfinite().all()
 
 
 def test_the_first_model_can_be_the_shared_expert(different: Module) -> None:
