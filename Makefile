@@ -40,6 +40,7 @@ bench: $(STAMP)
 
 quality: $(STAMP)
 	$(BIN)/python -W ignore::FutureWarning -m tests.quality
+	$(BIN)/python -W ignore::FutureWarning -m tests.quality.dense_to_moe
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -11,8 +11,17 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import moec
+from moec.artifact.summary import model_size
 from moec.errors import UsageError
-from moec.experts import FeedForward, find_dense_layers, find_moe_layers, load_dense, load_expert, run_layer
+from moec.experts import (
+    FeedForward,
+    find_dense_layers,
+    find_moe_layers,
+    load_dense,
+    load_expert,
+    permute_experts,
+    run_layer,
+)
 from moec.module import Module
 from moec.passes.factorizing.activity import Activity, Observed, activities, markers
 from moec.passes.factorizing.co_activation import co_active_groups, distances
@@ -233,3 +242,41 @@ def test_bad_input_is_refused(llama: Module, tmp_path: Path) -> None:
         changed(llama, f"{few},factorize{{experts=2 partition=gradient}}")
     with pytest.raises(UsageError, match="96 kinds of text cannot be told apart in 40 sequences"):
         changed(llama, "factorize{experts=96 partition=gradient}")
+
+
+def test_one_expert_is_the_block_with_its_neurons_alone(llama: Module) -> None:
+    module = changed(llama, "factorize{experts=4 partition=co-activation}")
+    block, observed = first_block(llama)
+    layer = find_moe_layers(module.op)[0]
+    up = [tuple(row) for row in block.up.dense().tolist()]
+    hidden = block.hidden_activations(observed.x)
+    for number in range(4):
+        expert = load_expert(layer, module.weights, number)
+        assert isinstance(expert, FeedForward)
+        mask = torch.zeros(block.width)
+        mask[[up.index(tuple(row)) for row in expert.up.dense().tolist()]] = 1
+        assert int(mask.sum()) == block.width // 4
+        assert difference((hidden * mask) @ block.down.dense().T, expert.apply(observed.x)) < 1e-5
+
+
+def test_parameters_are_those_of_the_model_and_of_routers_and_padding(llama: Module) -> None:
+    layers, hidden, width = len(find_dense_layers(llama.op)), 64, 96
+    for experts, options in ((4, ""), (4, "shared=32"), (7, "uneven=pad"), (7, "uneven=ragged")):
+        # routers of zeros are one weight for all layers
+        module = changed(llama, f"factorize{{experts={experts} {options}}},init-router{{kind=random}}")
+        padding = -width % experts if "pad" in options else 0
+        more = model_size(module).parameters - model_size(llama).parameters
+        assert more == layers * (experts * hidden + padding * 3 * hidden)
+        if padding:
+            last = load_expert(find_moe_layers(module.op)[0], module.weights, experts - 1)
+            assert (
+                isinstance(last, FeedForward) and not last.down.dense()[:, -1].any() and not last.up.dense()[-1].any()
+            )
+
+
+def test_the_order_of_experts_is_of_no_matter(llama: Module) -> None:
+    module = changed(llama, "factorize{experts=4},init-router,set-routing{k=2}")
+    before = output(module)
+    for layer in find_moe_layers(module.op):
+        permute_experts(layer, [2, 0, 3, 1])
+    assert difference(before, output(module)) < EXACT
