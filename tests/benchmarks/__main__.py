@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("ir", "lowerings", "expert_stack", "packed_experts", "layer_speed")
+BENCHMARKS = ("ir", "lowerings", "expert_stack", "packed_experts", "layer_speed", "sparse_speed", "large_dense")
 
 
 def main() -> int:
