@@ -17,8 +17,9 @@ from tests.cli.conftest import DEMO_MODEL, EXAMPLES, Command
 DENSE_MODEL = EXAMPLES / "models" / "tiny-dense"
 MOE, DENSE = ModelKind.MOE, ModelKind.DENSE
 NAMES = (
-    "best", "camera-p", "cmoe", "compressed-experts", "d2-moe", "dern", "hc-smoe", "heapr", "m-smoe", "mc-smoe", "mole", "naee",
-    "reap", "uncurl",
+    "best", "camera-p", "cmoe", "compressed-experts", "d2-moe", "deepseek-segment", "dern", "factorllm", "hc-smoe",
+    "heapr", "llama-moe", "m-smoe", "mc-smoe", "moefication", "mole", "naee", "read-me", "reap", "smoe-dropout",
+    "uncurl", "union-of-experts",
 )  # fmt: skip
 
 

@@ -123,6 +123,11 @@ def test_a_calibrated_scale_fits_gates_with_an_offset(llama: Module) -> None:
         assert layer.route.routing.scale == pytest.approx(0.5 * layer.route.routing.offset)
 
 
+def test_a_share_of_the_experts(llama: Module) -> None:
+    for share, k in ((0.5, 3), (0.01, 1), (0.75, 4), (1.0, 6)):
+        assert find_moe_layers(changed(llama, f"set-routing{{share={share}}}").op)[0].top_k == k
+
+
 def test_all_experts_then_fewer(llama: Module) -> None:
     every = changed(llama, "set-routing{select=all}")
     assert difference(output(llama), output(every)) < EXACT
@@ -181,6 +186,7 @@ def test_tokens_of_a_sequence_share_their_experts(bert: Module) -> None:
         ("select=top-p k_min=7", "7 experts cannot be chosen among 6.*smaller k_min"),
         ("k=2 scope=sequence", "a decoder chooses for its first token before it knows the others"),
         ("select=top-k", "top-k needs k"),
+        ("k=2 share=0.5", "share is at most 1, and excludes k"),
         ("select=top-p k=2", "k has no meaning for top-p"),
         ("select=top-p p=1.5", "p must be above 0"),
         ("u=2", "u is for combine=one-plus"),
