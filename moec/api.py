@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from moec.artifact.options import (
     SHARD_BYTES,
+    Activations,
     Backend,
     Check,
     CheckpointDType,
@@ -68,6 +69,7 @@ def compile(
     target: str = "portable",
     dtype: str = "float32",
     optimize_for: str = "decode",
+    activations: str = "float32",
     check: str = "changed",
     seed: int = 0,
     weights_in_place: bool = False,
@@ -96,6 +98,7 @@ def compile(
         target=target,
         dtype=OutputDType(dtype),
         optimize_for=OptimizeFor(optimize_for),
+        activations=Activations(activations),
         check=Check(check),
         seed=seed,
         weights_in_place=weights_in_place,

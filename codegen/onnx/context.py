@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from moec.artifact.options import Activations
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.external_data import FileRange, StoredTensor
 from moec.codegen.onnx.graph import GraphBuilder
-from moec.codegen.onnx.packed.kernel_form import Activations
 from moec.codegen.onnx.targets import Target
 from moec.dialects.builtin import ConstantOp, WeightOp
 from moec.errors import UnsupportedModelError

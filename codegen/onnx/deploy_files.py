@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moec.codegen.onnx.cost_model import Lowering
+from moec.codegen.onnx.experts_packed_fused import OLDEST_RUNTIME
 from moec.codegen.onnx.lower_moe import LayerLowering
 from moec.codegen.onnx.targets import Target
 from moec.dialects.builtin import FuncOp
@@ -83,11 +85,12 @@ def write_lowering_report(folder: Path, target: Target, layers: Sequence[LayerLo
     if not layers:
         return
     profile = target.profile
+    packed = any(layer.choice.lowering is Lowering.FUSED_PACKED for layer in layers)
     document = {
         "target": target.value,
         "opset": profile.opset,
         "ir_version": profile.ir_version,
-        "oldest_onnxruntime": profile.oldest_runtime,
+        "oldest_onnxruntime": OLDEST_RUNTIME if packed else profile.oldest_runtime,
         "layers": [
             {
                 "layer": layer.layer,

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 import moec
-from moec.artifact.options import OptimizeFor
+from moec.artifact.options import Activations, OptimizeFor
 from moec.codegen.onnx import aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn, lower_quant
 from moec.codegen.onnx.context import Context, EmitOptions, tensor_of
 from moec.codegen.onnx.cost_model import Lowering
@@ -19,7 +19,6 @@ from moec.codegen.onnx.external_data import Placement, StoredTensor, hard_link, 
 from moec.codegen.onnx.fallback_function import fallback_function
 from moec.codegen.onnx.graph import ONNX_DTYPES, GraphBuilder
 from moec.codegen.onnx.lower_moe import LayerLowering
-from moec.codegen.onnx.packed.kernel_form import Activations
 from moec.codegen.onnx.registry import emit_block
 from moec.codegen.onnx.targets import Target
 from moec.dialects.aten import AtenOp
@@ -58,7 +57,8 @@ class EmittedFile:
 class OnnxReport:
     """What was emitted.
 
-    `node_count` is that of the main graph, `weight_bytes` the size of all weights without gaps between them;
+    `node_count` is that of the main graph, `int8_products` the number of nodes that round their activations to int8,
+    `weight_bytes` the size of all weights without gaps between them;
     `without_genai` says why there is no genai_config.json, None if there is.
     """
 
@@ -70,6 +70,7 @@ class OnnxReport:
     files: tuple[EmittedFile, ...]
     layers: tuple[LayerLowering, ...]
     without_genai: str | None
+    int8_products: int = 0
 
 
 def emit_onnx(
@@ -121,7 +122,14 @@ def emit_onnx(
         files,
         tuple(context.lowerings),
         without_genai,
+        _int8_products(proto),
     )
+
+
+def _int8_products(model: onnx.ModelProto) -> int:
+    nodes = [node for function in model.functions for node in function.node] + list(model.graph.node)
+    attributes = [attribute for node in nodes for attribute in node.attribute]
+    return sum(attribute.name == "accuracy_level" and attribute.i > 0 for attribute in attributes)
 
 
 def emit_function(context: Context, function: FuncOp) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import onnx_ir as ir
 
+from moec.artifact.options import Activations
 from moec.codegen.onnx.context import Context
 from moec.codegen.onnx.expert_form import Activation, FusedForm, GateLayout, NotFused, interleaved, two_layers
 from moec.codegen.onnx.expert_products import Product, Stacks
 from moec.codegen.onnx.experts_fused import dense_gates, operator_attributes, slots_used
 from moec.codegen.onnx.experts_lean import class_stacks
 from moec.codegen.onnx.graph import MICROSOFT
-from moec.codegen.onnx.packed.kernel_form import Activations
+from moec.codegen.onnx.packed.kernel_form import accuracy_level
 from moec.dialects.moe import ExpertsOp
 from moec.dialects.quant import Integer, Span, ZeroPoint
 from moec.ir.types import DType
@@ -92,7 +93,7 @@ def packed_attributes(form: PackedFusedForm, top_k: int, activations: Activation
         "normalize_routing_weights": 0,
         "expert_weight_bits": form.integer.bits,
         "block_size": form.integer.group,
-        "accuracy_level": activations.accuracy_level,
+        "accuracy_level": accuracy_level(activations),
     }
 
 

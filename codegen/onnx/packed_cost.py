@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.artifact.options import Activations
 from moec.codegen.onnx.cost_model import Choice, ExpertsShape, Lowering
-from moec.codegen.onnx.packed.kernel_form import Activations
 
 _LAYER, _LEAN_EXPERT, _FUSED_EXPERT = 20e-6, 5e-6, 0.3e-6
 _DECODE = 2e-9

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import moec
+from moec.artifact.activations import activations_entry, uses_int8
 from moec.artifact.checkpoint import compare_checkpoint, emit_checkpoint
 from moec.artifact.emission import emit_folder
 from moec.artifact.folder import atomic_folder
@@ -36,13 +37,13 @@ from moec.artifact.measurements import (
 from moec.artifact.memory import MemoryWatch
 from moec.artifact.model_card import Card, measure_card_loss, write_card
 from moec.artifact.opened import CHECKPOINT_FOLDER, MODEL_FILE, MODULE_FILE, ONNX_FOLDER, TRITON_FOLDER
-from moec.artifact.options import COPIED_FILES, Backend, CompileOptions, OutputDType
+from moec.artifact.options import COPIED_FILES, Activations, Backend, CompileOptions, OutputDType
 from moec.artifact.plan import plan_compilation
 from moec.artifact.record import write_record
 from moec.artifact.recorder import LedgerRecorder
 from moec.artifact.report import LoweringFacts, Report, write_report
 from moec.artifact.summary import active_parameters, layer_facts, model_size
-from moec.artifact.verification import BOUND, require_rows, verification_batch, verify_model
+from moec.artifact.verification import require_rows, tolerance_of, verification_batch, verify_model
 from moec.codegen.onnx.emit import OnnxReport
 from moec.codegen.onnx.targets import parse_target
 from moec.dialects.builtin import ModuleOp
@@ -135,6 +136,7 @@ def compile_folder(
                     target=options.target,
                     dtype=options.dtype,
                     optimize_for=options.optimize_for,
+                    activations=options.activations,
                     weights_in_place=options.weights_in_place,
                 )
         if Backend.HUGGINGFACE in options.emit:
@@ -166,6 +168,7 @@ def compile_folder(
                     exact=is_exact(pipeline),
                     batch=batch,
                     dtype=options.dtype,
+                    activations=options.activations,
                 )
             if Backend.HUGGINGFACE in options.emit:
                 with step("verify checkpoint"):
@@ -175,6 +178,10 @@ def compile_folder(
                 with step("verify kernels"):
                     rows += compare_kernels(folder / TRITON_FOLDER, module, batch, options.dtype)
                     require_rows(rows)
+        if emitted is not None and options.activations is Activations.INT8 and uses_int8(emitted):
+            with step("measure activations"):
+                path = folder / ONNX_FOLDER / MODEL_FILE if options.verify else None
+                recorder.entries.append(activations_entry(path, module, options))
         with step("digest"):
             manifest = _manifest(source, module, options, pipeline, recorder.entries, rows, folder)
             write_manifest(folder, manifest)
@@ -231,6 +238,7 @@ def _manifest(
             check=options.check.value,
             seed=options.seed,
             weights_in_place=options.weights_in_place,
+            activations=options.activations.value,
             recipe=options.recipe_title,
             budget=options.budget,
             calibration=None if options.calibration is None else describe_file(options.calibration),
@@ -241,7 +249,7 @@ def _manifest(
         verification=VerificationRecord(
             status="passed" if rows else "skipped",
             tokens=max((row.tokens for row in rows), default=0),
-            tolerance=BOUND,
+            tolerance=tolerance_of(options.activations).bound,
         ),
         files=describe_files(folder),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from moec.artifact.options import COPIED_FILES, OptimizeFor, OutputDType
+from moec.artifact.options import COPIED_FILES, Activations, OptimizeFor, OutputDType
 from moec.codegen.onnx.emit import OnnxReport, emit_onnx
 from moec.codegen.onnx.targets import parse_target
 from moec.ir import DType
@@ -21,6 +21,7 @@ def emit_folder(
     target: str,
     dtype: OutputDType,
     optimize_for: OptimizeFor,
+    activations: Activations,
     weights_in_place: bool,
 ) -> OnnxReport:
     """Writes the ONNX model into `folder`, with tokenizer, chat template and generation config of the source.
@@ -33,6 +34,7 @@ def emit_folder(
         target=parse_target(target),
         dtype=_DTYPES[dtype],
         optimize_for=optimize_for,
+        activations=activations,
         weights_in_place=weights_in_place,
     )
     if module.source.folder is not None:

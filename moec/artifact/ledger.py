@@ -55,6 +55,8 @@ class LedgerEntry(Record):
     before: ModelSize
     after: ModelSize
     seed: int
+    loss_change: float | None = None
+    """Nats per token that it adds on the text of the verification, where that was measured."""
 
 
 def round_error(value: float) -> float:

@@ -51,6 +51,7 @@ class BuildRecord(Record):
     check: str
     seed: int
     weights_in_place: bool
+    activations: str = "float32"
     recipe: str = ""
     budget: str = ""
     calibration: FileRecord | None = None

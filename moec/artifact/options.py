@@ -102,6 +102,13 @@ class OptimizeFor(Enum):
     PREFILL = "prefill"
 
 
+class Activations(Enum):
+    """The numbers that packed weights are multiplied with, where the target has operators for them."""
+
+    FLOAT32 = "float32"
+    INT8 = "int8"  # rounded, with a scale for each block of a row: faster, and the ledger says what it costs
+
+
 @dataclass(frozen=True)
 class CompileOptions:
     """Everything that decides the bytes of an artifact besides its source.
@@ -115,6 +122,7 @@ class CompileOptions:
     target: str = "portable"
     dtype: OutputDType = OutputDType.FLOAT32
     optimize_for: OptimizeFor = OptimizeFor.DECODE
+    activations: Activations = Activations.FLOAT32
     check: Check = Check.CHANGED
     seed: int = 0
     weights_in_place: bool = False

@@ -15,6 +15,7 @@ from moec.artifact.manifest import check_files, describe_file
 from moec.artifact.measurements import VerificationRow
 from moec.artifact.opened import MODEL_FILE, MODULE_FILE, Artifact
 from moec.artifact.options import (
+    Activations,
     Backend,
     CheckpointDType,
     CheckpointOptions,
@@ -75,6 +76,7 @@ def verify_folder(
                 exact=is_exact(pipeline),
                 batch=batch,
                 dtype=OutputDType(build.dtype),
+                activations=Activations(build.activations),
             )
         )
         if artifact.has(Backend.HUGGINGFACE):
@@ -184,6 +186,7 @@ def _locate_in_onnx(artifact: Artifact, module: Module) -> Difference | None:
             target=build.target,
             dtype=OutputDType(build.dtype),
             optimize_for=OptimizeFor(build.optimize_for),
+            activations=Activations(build.activations),
             weights_in_place=False,
         )
         return first_difference(artifact.onnx, again / MODEL_FILE)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from moec.artifact.measurements import VerificationRow
-from moec.artifact.options import LEAN_BYTES, OutputDType
+from moec.artifact.options import LEAN_BYTES, Activations, OutputDType
 from moec.artifact.runtime import OnnxModel
 from moec.artifact.summary import layer_of_experts
 from moec.artifact.tokens import TokenBatch, function_inputs, token_batch
@@ -37,6 +37,23 @@ TIE_MARGIN = 1e-4
 """A choice of experts is a tie if it changes when values move by this share of the largest one: float32 rounding, grown
 by the layers before it."""
 _ROWS, _LENGTH = 2, 32
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What two runs of one model may show: the largest difference, and the margin below which a choice is a tie."""
+
+    bound: float = BOUND
+    tie_margin: float = TIE_MARGIN
+
+
+_INT8_TOLERANCE = Tolerance(2e-2, 2e-2)
+"""Products with activations rounded to int8 differ by up to 2 % of their largest value."""
+
+
+def tolerance_of(activations: Activations) -> Tolerance:
+    """What the numbers that packed weights are multiplied with allow."""
+    return _INT8_TOLERANCE if activations is Activations.INT8 else Tolerance()
 
 
 @dataclass(frozen=True)
@@ -69,12 +86,20 @@ class ReferenceRun:
 
 
 def verify_model(
-    path: Path | None, module: Module, original: Module, *, exact: bool, batch: TokenBatch, dtype: OutputDType
+    path: Path | None,
+    module: Module,
+    original: Module,
+    *,
+    exact: bool,
+    batch: TokenBatch,
+    dtype: OutputDType,
+    activations: Activations = Activations.FLOAT32,
 ) -> list[VerificationRow]:
     """Compares the exported model `path` with the IR of `module`, and where `exact` that with the `original` source.
 
     `path` is None where there is no exported model. Raises VerificationError for the first comparison that fails.
     """
+    tolerance = tolerance_of(activations)
     ir = run_reference(module.op, module.weights, batch)
     rows: list[VerificationRow] = []
     if exact:
@@ -86,8 +111,11 @@ def verify_model(
     if dtype is OutputDType.FLOAT16:
         name = "IR with weights in float16"
         ir = run_reference(module.op, HalfPrecisionWeights(module.weights), batch)
+    if activations is Activations.INT8:
+        name += " with float32 activations"
+        ir = run_reference(module.op, module.weights, batch, tolerance)
     lean = sum(item.stat().st_size for item in path.parent.iterdir()) > LEAN_BYTES
-    rows += compare_artifact(path, ir, batch, name, lean=lean)
+    rows += compare_artifact(path, ir, batch, name, lean=lean, tolerance=tolerance)
     require_rows(rows)
     return rows
 
@@ -110,14 +138,16 @@ def verification_batch(module: Module, *, text: Path | None = None, seed: int = 
     return token_batch(module, rows=_ROWS, length=_LENGTH, text=text, seed=seed)
 
 
-def run_reference(module: ModuleOp, weights: WeightContext, batch: TokenBatch) -> ReferenceRun:
+def run_reference(
+    module: ModuleOp, weights: WeightContext, batch: TokenBatch, tolerance: Tolerance = Tolerance()
+) -> ReferenceRun:
     """Runs `main` in float32 and notes what every router chose, and between which experts it was a tie."""
     choices: list[LayerChoices] = []
     ties: dict[RouteOp, NDArray[np.bool_]] = {}
 
     def tap(seen: Observation) -> None:
         if isinstance(seen.op, RouteOp):
-            ties[seen.op] = (record_route(seen).margin <= TIE_MARGIN).numpy()
+            ties[seen.op] = (record_route(seen).margin <= tolerance.tie_margin).numpy()
         if not isinstance(seen.op, ExpertsOp):
             return
         ids, gates = seen.operand(seen.op.ids).numpy(), seen.operand(seen.op.gates).numpy()
@@ -170,7 +200,13 @@ def compare_with_source(ir: ReferenceRun, source: ReferenceRun, batch: TokenBatc
 
 
 def compare_artifact(
-    path: Path, ir: ReferenceRun, batch: TokenBatch, name: str = "IR", *, lean: bool = False
+    path: Path,
+    ir: ReferenceRun,
+    batch: TokenBatch,
+    name: str = "IR",
+    *,
+    lean: bool = False,
+    tolerance: Tolerance = Tolerance(),
 ) -> list[VerificationRow]:
     """The exported model against the IR: in one pass, and for a decoder token by token through its cache.
 
@@ -178,9 +214,10 @@ def compare_artifact(
     """
     model = OnnxModel(path, lean=lean)
     if not model.is_decoder:
-        return [artifact_row(f"artifact against {name}", model.encode(batch.ids, batch.mask), ir, batch)]
+        encoded = model.encode(batch.ids, batch.mask)
+        return [artifact_row(f"artifact against {name}", encoded, ir, batch, tolerance)]
     whole, _ = model.step(batch.ids, batch.mask, model.empty_cache(len(batch.ids)))
-    rows = [artifact_row(f"artifact against {name}", whole, ir, batch)]
+    rows = [artifact_row(f"artifact against {name}", whole, ir, batch, tolerance)]
     if not model.has_cache:
         return rows
     half = batch.ids.shape[1] // 2
@@ -190,7 +227,7 @@ def compare_artifact(
         logits, cache = model.step(batch.ids[:, position : position + 1], batch.mask[:, : position + 1], cache)
         parts.append(logits)
     through_cache = np.concatenate(parts, axis=1)
-    return [*rows, artifact_row(f"artifact through its cache against {name}", through_cache, ir, batch)]
+    return [*rows, artifact_row(f"artifact through its cache against {name}", through_cache, ir, batch, tolerance)]
 
 
 def require_rows(rows: list[VerificationRow]) -> None:
@@ -214,13 +251,16 @@ def relative_difference(actual: NDArray[np.float32], expected: NDArray[np.float3
     return difference / scale if scale else difference
 
 
-def artifact_row(name: str, output: NDArray[np.float32], ir: ReferenceRun, batch: TokenBatch) -> VerificationRow:
+def artifact_row(
+    name: str, output: NDArray[np.float32], ir: ReferenceRun, batch: TokenBatch, tolerance: Tolerance = Tolerance()
+) -> VerificationRow:
     """The row for `output` [rows, length, ...] against a run of the IR; tokens at or behind a tie may differ."""
     kept = batch.mask.astype(bool)
     scale = float(np.abs(ir.output[kept]).max()) or 1.0
     distance = np.abs(output - ir.output).reshape(*kept.shape, -1).max(axis=2)
-    excused = kept & ir.tied_from(kept.shape) & ~(distance <= BOUND * scale)
-    return _row(name, relative_difference(output, ir.output, kept & ~excused), BOUND, int(excused.sum()), kept)
+    excused = kept & ir.tied_from(kept.shape) & ~(distance <= tolerance.bound * scale)
+    difference = relative_difference(output, ir.output, kept & ~excused)
+    return _row(name, difference, tolerance.bound, int(excused.sum()), kept)
 
 
 def _row(name: str, difference: float, bound: float, ties: int, kept: NDArray[np.bool_]) -> VerificationRow:

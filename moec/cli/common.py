@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from moec.artifact.options import Backend, Check, CheckpointDType, CheckpointOptions, OptimizeFor, OutputDType
+from moec.artifact.options import (
+    Activations,
+    Backend,
+    Check,
+    CheckpointDType,
+    CheckpointOptions,
+    OptimizeFor,
+    OutputDType,
+)
 from moec.errors import UsageError
 
 SourceArgument = Annotated[Path, typer.Argument(metavar="SOURCE", help="Hugging Face model folder.")]
@@ -38,6 +46,9 @@ CalibrationOption = Annotated[
 TargetOption = Annotated[str, typer.Option("--target", help="Runtime to emit ONNX for: portable or ort-cpu.")]
 DTypeOption = Annotated[OutputDType, typer.Option("--dtype", help="Element type of the artifact.")]
 OptimizeForOption = Annotated[OptimizeFor, typer.Option("--optimize-for", help="What lowerings are chosen for.")]
+ActivationsOption = Annotated[
+    Activations, typer.Option("--activations", help="What packed weights are multiplied with on ort-cpu.")
+]
 CheckOption = Annotated[Check, typer.Option("--check", help="How much the ledger measures after each pass.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Makes random choices of passes repeatable.")]
 WeightsInPlaceOption = Annotated[

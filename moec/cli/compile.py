@@ -7,8 +7,17 @@ from typing import Annotated
 
 import typer
 
-from moec.artifact.options import Check, CheckpointDType, CompileOptions, OptimizeFor, OutputDType, default_store
+from moec.artifact.options import (
+    Activations,
+    Check,
+    CheckpointDType,
+    CompileOptions,
+    OptimizeFor,
+    OutputDType,
+    default_store,
+)
 from moec.cli.common import (
+    ActivationsOption,
     BudgetOption,
     CalibrationOption,
     CheckOption,
@@ -46,6 +55,7 @@ def compile_command(
     target: TargetOption = "portable",
     dtype: DTypeOption = OutputDType.FLOAT32,
     optimize_for: OptimizeForOption = OptimizeFor.DECODE,
+    activations: ActivationsOption = Activations.FLOAT32,
     check: CheckOption = Check.CHANGED,
     seed: SeedOption = 0,
     weights_in_place: WeightsInPlaceOption = False,
@@ -79,6 +89,7 @@ def compile_command(
         target=target,
         dtype=dtype,
         optimize_for=optimize_for,
+        activations=activations,
         check=check,
         seed=seed,
         weights_in_place=weights_in_place,

@@ -20,9 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from moec.artifact.options import Activations
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.emit import emit_onnx
-from moec.codegen.onnx.packed.kernel_form import Activations
 from moec.codegen.onnx.targets import Target
 from moec.dialects.moe import Normalize, Routing
 from moec.dialects.quant import Integer, Span, ZeroPoint, bits_per_weight

@@ -9,9 +9,9 @@ import onnxruntime
 import pytest
 import torch
 
+from moec.artifact.options import Activations
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.emit import MODEL_FILE
-from moec.codegen.onnx.packed.kernel_form import Activations
 from moec.codegen.onnx.targets import Target
 from moec.dialects.moe import Routing, Score, Select
 from moec.dialects.quant import Integer, Span, ZeroPoint

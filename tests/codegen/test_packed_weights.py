@@ -10,8 +10,8 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
+from moec.artifact.options import Activations
 from moec.codegen.onnx.emit import MODEL_FILE
-from moec.codegen.onnx.packed.kernel_form import Activations
 from moec.codegen.onnx.targets import Target
 from tests.codegen.packed_matrices import FORMATS, linear_module, random_packed
 from tests.codegen.running import assert_close, emit_and_run, module_of, reference

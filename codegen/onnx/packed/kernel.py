@@ -8,7 +8,7 @@ import onnx_ir as ir
 from moec.codegen.onnx.context import Context, NamedWeight
 from moec.codegen.onnx.graph import MICROSOFT
 from moec.codegen.onnx.packed.decode import as_float, block_scales, unpack_bits, unpack_trits
-from moec.codegen.onnx.packed.kernel_form import KernelForm
+from moec.codegen.onnx.packed.kernel_form import KernelForm, accuracy_level
 from moec.codegen.onnx.packed.matrix import PackedMatrix
 from moec.dialects.quant import BlockFloat, Integer, Ternary, TritPacking, ZeroPoint
 from moec.ir.types import DType
@@ -60,7 +60,7 @@ class _KernelMatrix:
             N=self.packed.rows,
             bits=4 if self.form.in_planes else self.form.bits,
             block_size=self.form.block,
-            accuracy_level=self.context.options.activations.accuracy_level,
+            accuracy_level=accuracy_level(self.context.options.activations),
         )
 
     # operands

@@ -13,8 +13,8 @@ bits, whence 8 bits go there as two products of 4; with int8 activations 4 and 8
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
+from moec.artifact.options import Activations
 from moec.dialects.quant import BlockFloat, Element, Format, Integer, Levels, Span, Ternary, ZeroPoint
 from moec.quantization.packed import groups_of
 from moec.quantization.small_floats import element_values
@@ -26,16 +26,9 @@ _TWO_BIT_BLOCKS = (128, 64, 32)
 _PADDED_BLOCK = 32
 
 
-class Activations(Enum):
-    """The numbers that packed weights are multiplied with: float32, or int8 with a scale for each block of a row."""
-
-    FLOAT32 = "float32"
-    INT8 = "int8"
-
-    @property
-    def accuracy_level(self) -> int:
-        """The attribute of MatMulNBits and QMoE."""
-        return 4 if self is Activations.INT8 else 0
+def accuracy_level(activations: Activations) -> int:
+    """The attribute of MatMulNBits and QMoE by which they round activations, or not."""
+    return 4 if activations is Activations.INT8 else 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""What rounding activations to int8 costs a model, as a line of the ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.artifact.ledger import CheckOutcome, LayerError, LedgerEntry, round_error
+from moec.artifact.options import CompileOptions
+from moec.artifact.runtime import OnnxModel
+from moec.artifact.summary import model_size
+from moec.artifact.tokens import TokenBatch
+from moec.artifact.verification import relative_difference, run_reference, verification_batch
+from moec.codegen.onnx.emit import OnnxReport
+
+if TYPE_CHECKING:
+    from moec.module import Module
+
+_PASS_TEXT = "emit{activations=int8}"
+# digits that do not depend on the order in which a kernel sums
+_DIGITS = 4
+
+
+def uses_int8(report: OnnxReport) -> bool:
+    """Whether some operator of the model rounds its activations to int8."""
+    return report.int8_products > 0
+
+
+def activations_entry(path: Path | None, module: Module, options: CompileOptions) -> LedgerEntry:
+    """The artifact `path` against its IR, whose activations are float32: outputs and loss. None: not measured."""
+    size = model_size(module)
+    errors: tuple[LayerError, ...] = ()
+    change: float | None = None
+    if path is not None:
+        batch = verification_batch(module, text=options.text, seed=options.seed)
+        expected = run_reference(module.op, module.weights, batch).output
+        model = OnnxModel(path)
+        kept = batch.mask.astype(bool)
+        if model.is_decoder:
+            found, _ = model.step(batch.ids, batch.mask, model.empty_cache(len(batch.ids)))
+            change = round(_loss(found, batch) - _loss(expected, batch), _DIGITS)
+        else:
+            found = model.encode(batch.ids, batch.mask)
+        difference = round_error(relative_difference(found, expected, kept))
+        errors = (LayerError(layer="outputs", relative_error=difference),)
+    return LedgerEntry(
+        pass_text=_PASS_TEXT,
+        claim="lossy",
+        outcome=CheckOutcome.NOT_CHECKED if path is None else CheckOutcome.MEASURED,
+        layer_errors=errors,
+        before=size,
+        after=size,
+        seed=options.seed,
+        loss_change=change,
+    )
+
+
+def _loss(logits: NDArray[np.float32], batch: TokenBatch) -> float:
+    """Nats per token, each predicted from those before it; padding is left out."""
+    wide = logits[:, :-1].astype(np.float64)
+    largest = wide.max(-1, keepdims=True)
+    total = np.log(np.exp(wide - largest).sum(-1)) + largest[..., 0]
+    nats = total - np.take_along_axis(wide, batch.ids[:, 1:, None], 2)[..., 0]
+    kept = (batch.mask[:, 1:] * batch.mask[:, :-1]).astype(bool)
+    return float(nats[kept].mean())
