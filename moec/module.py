@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moec.budget.plan import BudgetPlan
     from moec.calibration.calibration import Calibration
     from moec.frontend.other_sources import OtherSource
+    from moec.quantization.bit_plan import BitPlan
     from moec.weights.context import WeightContext
 
 
@@ -41,8 +42,8 @@ class SourceFacts:
 class Module:
     """`op` is the IR (passes change it in place), `weights` loads what its weight expressions name.
 
-    `calibration` is what the pass `calibrate` found and `plan` what `solve-budget` decided, None before them. `others`
-    are the models beside this one whose weights `weights` loads, too.
+    `calibration` is what the pass `calibrate` found, `plan` what `solve-budget` and `bits` what `allocate-bits`
+    decided, None before them. `others` are the models beside this one whose weights `weights` loads, too.
     """
 
     op: ModuleOp
@@ -50,6 +51,7 @@ class Module:
     source: SourceFacts
     calibration: Calibration | None = None
     plan: BudgetPlan | None = None
+    bits: BitPlan | None = None
     others: tuple[OtherSource, ...] = ()
 
     @property

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from moec.calibration.sample import LayerSample
+from moec.errors import UsageError
 from moec.experts import (
     DenseLayer,
     Expert,
@@ -26,11 +27,12 @@ from moec.experts import (
 )
 from moec.ir import Operation
 from moec.passes.factoring.sides import Side
-from moec.passes.quantizing.blocks import BlockPacker, Rounding
+from moec.passes.quantizing.blocks import BlockPacker, Part, Rounding
 from moec.passes.quantizing.choices import FormatOptions, Kind, ScaleType, Trits, ZeroPoints
 from moec.passes.quantizing.inputs import ExpertInputs, Policy, second_moment
 from moec.passes.quantizing.places import What, find_places, pack_place
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
+from moec.quantization.bit_plan import ExpertBits
 from moec.quantization.grids import TernaryFit
 from moec.quantization.packed import Packed
 from moec.quantization.rounding import Target, round_matrix
@@ -53,11 +55,11 @@ class Quantize(Pass):
     """Stores weights in packed formats: each matrix [out, in] as codes, and scales for groups of its inputs.
 
     Integers of 1 to 8 bits, symmetric or with zero points; trits, whose levels are the extremes of a row (QMoE, arXiv
-    2310.16795), the scale of least squared error, or the mean absolute value; tables of 16 quantiles (NF4, arXiv
-    2305.14314) or of k-means; MXFP4 and NVFP4, whose blocks are given. Routers and norms stay as they are unless
-    routers are asked for.
+    2310.16795), the scale of least squared error, or the mean absolute value; tables of 16 quantiles (NF4 of QLoRA)
+    or of k-means; MXFP4 and NVFP4, whose blocks are given. Routers and norms stay as they are unless routers are asked
+    for.
 
-    GPTQ (arXiv 2210.17323) takes the second moments of what each expert reads on the calibration text, in float64 and
+    GPTQ takes the second moments of what each expert reads on the calibration text, in float64 and
     with QMoE's damping, ten times that of dense models, because few tokens reach an expert. Its last matrix gets the
     hidden activations of the packed ones before it. Where a moment is not positive definite it is damped more; an
     expert without tokens is rounded to nearest codes, as are matrices outside of feed-forward blocks. The calibration
@@ -90,6 +92,7 @@ class Quantize(Pass):
     calibration: Policy = option("gptq: tokens that count for an expert", Policy.AUTO)
     damping: float = option("gptq: what is added to the diagonal of a second moment, as a share of its mean", 0.1)
     act_order: bool = option("gptq: columns, or groups of them, in the order of their inputs' size", True)
+    planned: bool = option("experts: integers of the bits that allocate-bits chose", False)
 
     def __post_init__(self) -> None:
         self.target()
@@ -99,11 +102,13 @@ class Quantize(Pass):
             raise ValueError("give at least one of the sides gate, up and down")
         if not self.damping > 0:
             raise ValueError(f"damping {self.damping:g} is not above 0")
+        if self.planned and self.kind not in (Kind.INTEGER, Kind.KMEANS):
+            raise ValueError(f"weights of kind {self.kind.value} have no bits to choose, as planned needs")
 
-    def target(self) -> Target:
-        """The format of all matrices; raises ValueError for options that exclude each other."""
+    def target(self, bits: int | None = None) -> Target:
+        """The format of all matrices, or of those with other bits; raises ValueError for what cannot be."""
         given = {item.name: getattr(self, item.name) for item in fields(FormatOptions)}
-        return FormatOptions(**given).target()
+        return FormatOptions(**given if bits is None else {**given, "bits": bits}).target()
 
     def packs(self, what: What) -> bool:
         """Whether weights of this use are packed."""
@@ -124,21 +129,37 @@ class Quantize(Pass):
         inputs = None
         if self.method is Method.GPTQ:
             inputs = ExpertInputs(layer, context.require_calibration().sample(layer), self.calibration)
+        plan = self._plan(layer, context)
         new: dict[int, Expert] = {}
         for number in sorted(set(range(layer.expert_count)) - layer.protected):
+            if plan is not None and plan[number] is None:
+                continue
             try:
                 expert = load_expert(layer, weights, number)
             except UnreadableExpertError as error:
                 context.refuse(layer.experts, error.message, self.pass_name)
                 continue
             rounding: Rounding = self._nearest if inputs is None else _SecondOrder(self, context, inputs, number)
-            packed = packer.pack(layer.experts, expert, f"{layer.name}, expert {number}", rounding)
+            bits = None if plan is None else plan[number]
+            packed = packer.pack(layer.experts, expert, f"{layer.name}, expert {number}", rounding, bits)
             if packed is not None:
                 new[number] = packed
         if new:
             changed = replace_experts(layer, weights, new)
             self._count(packer.stored, context)
             context.remark(changed.experts, f"{len(new)} experts packed: {_bits(packer.stored):.3f} bits per weight")
+
+    def _plan(self, layer: MoeLayer, context: PassContext) -> tuple[ExpertBits | None, ...] | None:
+        """The bits of the experts of a layer, None where the options say them."""
+        if not self.planned:
+            return None
+        found = None if context.module is None else context.module.bits
+        if found is None:
+            raise UsageError("there is no plan of bits", hint="put allocate-bits in front of it")
+        plan = found.layers.get(layer.name)
+        if plan is None or len(plan) != layer.expert_count:
+            raise UsageError("the plan of bits does not fit this layer", where=layer.name, hint="allocate bits again")
+        return plan
 
     def _pack_blocks(self, op: Operation, context: PassContext) -> None:
         weights, packer = context.require_weights(), BlockPacker(self.sides, context, self.pass_name)
@@ -167,8 +188,8 @@ class Quantize(Pass):
             return self._nearest
         return _SecondOrder(self, context, context.require_calibration().sample(layer))
 
-    def _nearest(self, weight: torch.Tensor, block: FeedForward, side: Side, where: str) -> Packed:
-        return round_matrix(self.target(), weight, where)
+    def _nearest(self, part: Part) -> Packed:
+        return round_matrix(self.target(part.bits), part.weight, part.where)
 
     def _count(self, stored: Sequence[Packed], context: PassContext) -> None:
         context.count(self.matrices, len(stored))
@@ -187,14 +208,18 @@ class _SecondOrder:
     # gate and up read the same rows
     _rows_moment: torch.Tensor | None = field(default=None, repr=False)
 
-    def __call__(self, weight: torch.Tensor, block: FeedForward, side: Side, where: str) -> Packed:
-        if side is Side.DOWN:
-            moment = self._moment(block, side)
+    def __call__(self, part: Part) -> Packed:
+        if part.side is Side.DOWN:
+            moment = self._moment(part.block, part.side)
         else:
-            moment = self._rows_moment = self._moment(block, side) if self._rows_moment is None else self._rows_moment
-        options = self.options
+            if self._rows_moment is None:
+                self._rows_moment = self._moment(part.block, part.side)
+            moment = self._rows_moment
+        if part.inputs is not None:
+            moment = moment[part.inputs][:, part.inputs]
+        options, target = self.options, self.options.target(part.bits)
         result = round_second_order(
-            options.target(), weight, moment, damping=options.damping, ordered=options.act_order, where=where
+            target, part.weight, moment, damping=options.damping, ordered=options.act_order, where=part.where
         )
         self.context.count(options.damped, int(result.fallback is Fallback.MORE_DAMPING))
         self.context.count(options.nearest, int(result.fallback is Fallback.NEAREST))

@@ -19,6 +19,7 @@ from moec.experts.edit import (
 from moec.experts.expert import (
     Activation,
     Affine,
+    Banded,
     Constant,
     Dense,
     Expert,
@@ -36,6 +37,7 @@ from moec.experts.run import LayerRun, route_inputs_of, run_layer
 __all__ = [
     "Activation",
     "Affine",
+    "Banded",
     "Constant",
     "Dense",
     "DenseLayer",

@@ -17,6 +17,7 @@ from moec.dialects.nn import TOKENS
 from moec.dialects.quant import DequantOp
 from moec.experts.expert import (
     Affine,
+    Banded,
     Constant,
     Dense,
     Expert,
@@ -45,6 +46,11 @@ class Operand:
         """The element type that it is stored in: its own where it is a part of a packed matrix, else float32."""
         return ir_type(self.tensor.dtype) if self.packed else DType.F32
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element as it is stored."""
+        return self.tensor.dtype.itemsize if self.packed else torch.float32.itemsize
+
 
 def operands_of(expert: Expert) -> tuple[Operand, ...]:
     """The tensors of an expert in the order in which its body takes them."""
@@ -67,9 +73,14 @@ def body_key(expert: Expert) -> tuple[object, ...]:
 def _formats(expert: FeedForward) -> tuple[object, ...]:
     """What operands do not say of packed matrices."""
     matrices = [projection.matrix for _, projection in _projections(expert)]
-    return tuple(
-        (item.packed.format, item.packed.columns) if isinstance(item, Quantized) else None for item in matrices
-    )
+    return tuple(tuple((part.packed.format, part.packed.columns) for part in _packed_parts(item)) for item in matrices)
+
+
+def _packed_parts(matrix: Matrix) -> tuple[Quantized, ...]:
+    """The packed matrices that a matrix consists of."""
+    if isinstance(matrix, Banded):
+        return matrix.parts
+    return (matrix,) if isinstance(matrix, Quantized) else ()
 
 
 def build_body(expert: Expert, hidden_size: int) -> Region:
@@ -114,6 +125,9 @@ def _matrix_operands(name: str, matrix: Matrix) -> list[Operand]:
     if isinstance(matrix, PartlyLowRank):
         # the name says which axis the parts share
         return [Operand(f"{name}.{_PARTS[matrix.axis]}", matrix.whole), *_matrix_operands(name, matrix.rest)]
+    if isinstance(matrix, Banded):
+        numbered = enumerate(matrix.parts)
+        return [item for number, part in numbered for item in _matrix_operands(f"{name}.{number}", part)]
     if isinstance(matrix, Quantized):
         return [
             Operand(f"{name}.{part}", tensor, part == "table" and matrix.table_is_shared, packed=True)
@@ -139,11 +153,12 @@ def _project(block: Block, rows: Value, name: str, projection: Projection, given
     if isinstance(matrix, PartlyLowRank):
         return _project_parts(block, rows, name, matrix, bias, given)
     if isinstance(matrix, Quantized):
-        kind = matrix.packed
-        parts = [given.get(f"{name}.{part}") for part in OPERANDS]
-        weight = DequantOp(*parts, format=kind.format, columns=kind.columns)
-        block.append(weight)
-        return _linear(block, rows, weight.weight, bias)
+        return _linear(block, rows, _unpack(block, name, matrix, given), bias)
+    if isinstance(matrix, Banded):
+        parts = tuple(_unpack(block, f"{name}.{number}", part, given) for number, part in enumerate(matrix.parts))
+        joined = aten.build("cat.default", {"tensors": parts}, (_f32(*matrix.shape),), dim=matrix.axis)
+        block.append(joined)
+        return _linear(block, rows, joined.result, bias)
     result = _linear(block, _linear(block, rows, given[f"{name}.right"], None), given[f"{name}.left"], bias)
     if matrix.base is None:
         return result
@@ -166,6 +181,14 @@ def _project_parts(
     first = _linear(block, _slice(block, rows, 1, 0, kept), whole, None)
     inner = _linear(block, _slice(block, rows, 1, kept, inputs), right, None)
     return _add(block, first, _linear(block, inner, left, bias))
+
+
+def _unpack(block: Block, name: str, matrix: Quantized, given: Mapping[str, Value]) -> Value:
+    kind = matrix.packed
+    parts = [given.get(f"{name}.{part}") for part in OPERANDS]
+    weight = DequantOp(*parts, format=kind.format, columns=kind.columns)
+    block.append(weight)
+    return weight.weight
 
 
 def _add(block: Block, first: Value, second: Value) -> Value:

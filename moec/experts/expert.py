@@ -181,7 +181,30 @@ class Quantized:
         return rows @ self.dense().T
 
 
-Matrix = Dense | LowRank | PartlyLowRank | Quantized
+@dataclass(frozen=True)
+class Banded:
+    """Packed matrices one under the other (`axis` 0) or beside each other (`axis` 1), such as of unlike bits."""
+
+    parts: tuple[Quantized, ...]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        outputs, inputs = self.parts[0].shape
+        along = sum(part.shape[self.axis] for part in self.parts)
+        return (along, inputs) if self.axis == 0 else (outputs, along)
+
+    def dense(self) -> torch.Tensor:
+        """The matrix [out, in]."""
+        return torch.cat([part.dense() for part in self.parts], dim=self.axis)
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, in] times the transposed matrix."""
+        return rows @ self.dense().T
+
+
+Matrix = Dense | LowRank | PartlyLowRank | Quantized | Banded
 
 
 @dataclass(frozen=True)

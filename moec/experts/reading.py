@@ -22,6 +22,7 @@ from moec.experts.expert import (
     WIDTH,
     Activation,
     Affine,
+    Banded,
     Constant,
     Dense,
     Expert,
@@ -127,7 +128,7 @@ class _Reader:
         }
         self._shared = set(shared)
         # packed matrices that nothing but products has read so far
-        self._packed: dict[Value, Quantized] = {}
+        self._packed: dict[Value, Quantized | Banded] = {}
         self._projected: dict[Value, _Projected] = {}
         # columns of hidden activations
         self._cuts: dict[Value, AtenOp] = {}
@@ -159,6 +160,8 @@ class _Reader:
         if isinstance(op, DequantOp):
             self._dequant(op)
             return
+        if op.name == "aten.cat.default" and isinstance(op, AtenOp) and self._bands(op):
+            return
         if op.name != _LINEAR:
             # anything else reads it as it is, multiplied out
             self._weights.update({value: self._packed[value].dense() for value in op.operands if value in self._packed})
@@ -184,6 +187,16 @@ class _Reader:
         packed = Packed(op.format, op.columns, **{name: self._weights[value] for name, value in parts.items()})
         packed.require(self._name)
         self._packed[op.weight] = Quantized(packed, self._dtype, op.table in self._shared)
+
+    def _bands(self, op: AtenOp) -> bool:
+        """Whether packed matrices are joined to one."""
+        parts = [self._packed.get(value) for value in op.tensors("tensors")]
+        axis = op.argument("dim")
+        packed = tuple(part for part in parts if isinstance(part, Quantized))
+        if len(packed) < len(parts) or not isinstance(axis, int):
+            return False
+        self._packed[op.result] = Banded(packed, axis % 2)
+        return True
 
     def _product(self, op: AtenOp) -> None:
         bias: Value | None = None
@@ -392,8 +405,9 @@ def _tensors(projection: Projection) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     if isinstance(matrix, PartlyLowRank):
         found, matrix = [matrix.whole], matrix.rest
-    if isinstance(matrix, Quantized):
-        found += matrix.packed.tensors().values()
+    if isinstance(matrix, Quantized | Banded):
+        parts = matrix.parts if isinstance(matrix, Banded) else (matrix,)
+        found += [tensor for part in parts for tensor in part.packed.tensors().values()]
     else:
         found += [matrix.weight] if isinstance(matrix, Dense) else [matrix.left, matrix.right]
     if isinstance(matrix, LowRank) and matrix.base is not None:

@@ -17,7 +17,7 @@ _SAMPLES = 1 << 16
 def normal_float_table() -> torch.Tensor:
     """The 16 entries of NF4, float64 [16, 1]: quantiles of the normal distribution with an exact zero, scaled to 1.
 
-    QLoRA (arXiv 2305.14314, section 3): 8 quantiles below and 9 above, of which zero is shared.
+    QLoRA (Dettmers et al. 2023, section 3): 8 quantiles below and 9 above, of which zero is shared.
     """
     below = norm.ppf(torch.linspace(1 - _NF4_OFFSET, 0.5, 8, dtype=torch.float64)[:-1].numpy())
     above = norm.ppf(torch.linspace(1 - _NF4_OFFSET, 0.5, 9, dtype=torch.float64)[:-1].numpy())

@@ -179,7 +179,7 @@ def _fit_integer(kind: Integer, values: torch.Tensor, settings: GridSettings) ->
     low = values.amin(-1, keepdim=True).clamp_max(0)
     high = values.amax(-1, keepdim=True).clamp_min(0)
     if kind.bits == 1 and kind.zero_point is ZeroPoint.MIDDLE:
-        # the signs of weights, at their mean absolute value: the least squared error (XNOR-Net, arXiv 1603.05279)
+        # the signs of weights, at their mean absolute value: the least squared error (XNOR-Net)
         return Grid(kind, settings, _stored(2 * values.abs().mean(-1, keepdim=True), settings))
     best = _integer_range(kind, low, high, settings)
     if not settings.search:
@@ -196,7 +196,7 @@ def _fit_integer(kind: Integer, values: torch.Tensor, settings: GridSettings) ->
 
 
 def _integer_range(kind: Integer, low: torch.Tensor, high: torch.Tensor, settings: GridSettings) -> Grid:
-    """The grid whose codes reach from `low` <= 0 to `high` >= 0 (GPTQ, arXiv 2210.17323)."""
+    """The grid whose codes reach from `low` <= 0 to `high` >= 0 (GPTQ, Frantar et al. 2023)."""
     steps = (1 << kind.bits) - 1
     if kind.zero_point is ZeroPoint.MIDDLE:
         return Grid(kind, settings, _stored(2 * torch.maximum(-low, high) / steps, settings))

@@ -41,7 +41,10 @@ def round_matrix(target: Target, weight: torch.Tensor, where: str = "") -> Packe
     """The matrix [N, K] with every weight at its nearest code; raises UsageError as `Target.prepared`."""
     weight = weight.double()
     target = target.prepared(weight, where)
-    grids, codes = round_groups(target, weight)
+    try:
+        grids, codes = round_groups(target, weight)
+    except UsageError as error:
+        raise UsageError(error.message, where=where, hint=error.hint) from error
     return pack(target, weight.shape[1], grids, codes)
 
 

@@ -1,4 +1,4 @@
-"""Codes that make up for each other's errors on given inputs: GPTQ (arXiv 2210.17323).
+"""Codes that make up for each other's errors on given inputs: GPTQ (Frantar et al., 2023).
 
 Columns are rounded one after the other; what a column loses is taken from those that are still to come, in the
 proportion that changes W x the least, x with the second moment H. Scales are fitted to the matrix as it is when their

@@ -50,7 +50,7 @@ def test_a_budget_alone_is_the_best_recipe_in_the_type_of_the_artifact() -> None
     ("options", "part"),
     [
         (CompileOptions(pipeline="cse", budget="50%"), "excludes a recipe and a budget"),
-        (CompileOptions(recipe="camera"), "did you mean 'camera-p'"),
+        (CompileOptions(recipe="camera_p"), "did you mean 'camera-p'"),
         (CompileOptions(recipe="none.yaml"), "no such recipe file"),
         (CompileOptions(recipe="reap", budget="4GiB"), "takes a share of the experts, not 4GiB"),
         (CompileOptions(budget="much"), "'much' is no budget"),

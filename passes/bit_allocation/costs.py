@@ -1,0 +1,118 @@
+"""What it costs a layer if one of its experts, or one matrix of it, gets fewer bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from moec.calibration.sample import LayerSample
+from moec.experts import Dense, Expert, FeedForward, Matrix, MoeLayer, Projection, Quantized
+from moec.passes.factoring.sides import Side, projection, with_matrices
+from moec.quantization.rounding import Target, round_matrix
+
+
+class Objective(Enum):
+    """The cost of a choice of bits; g are gates, F an expert, d the change that rounding causes.
+
+    OUTPUT: sum of g^2 |dF|^2, the squared error of the layer's output. PMQ: that times the share of tokens and the
+    share of gates to the power 1.5 (MC-MoE). FREQUENCY: the share of tokens times the relative
+    squared error of the weights. ENERGY: sum of g^2 |F|^2 times that.
+    """
+
+    OUTPUT = "output"
+    PMQ = "pmq"
+    FREQUENCY = "frequency"
+    ENERGY = "energy"
+
+
+_GATE_POWER = 1.5
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Costs of one layer, relative to the energy of its output on the sample."""
+
+    layer: MoeLayer
+    sample: LayerSample
+    objective: Objective
+
+    def of(self, number: int, expert: FeedForward, targets: Sequence[Target], *, by_side: bool) -> list[list[float]]:
+        """[units, choices]: of the whole expert, or of its matrices in the order of `sides_of`."""
+        rows, gates = self.sample.chosen(self.layer, number)
+        x = self.sample.x[rows].float()
+        wanted = expert.apply(x).double() * gates[:, None]
+        packed = {side: [_rounded(expert, side, target) for target in targets] for side in sides_of(expert)}
+        units = [[side] for side in packed] if by_side else [list(packed)]
+        scale = self._scale(len(rows), gates, wanted)
+        found = []
+        for sides in units:
+            costs = []
+            for choice in range(len(targets)):
+                changed = {side: packed[side][choice] for side in sides}
+                costs.append(scale * self._error(expert, changed, x, gates, wanted))
+            found.append(costs)
+        return found
+
+    def _scale(self, tokens: int, gates: torch.Tensor, wanted: torch.Tensor) -> float:
+        """What an error is multiplied with."""
+        share = tokens / max(len(self.sample), 1)
+        energy = max(float(self.sample.y.double().square().sum()), torch.finfo(torch.float64).tiny)
+        match self.objective:
+            case Objective.OUTPUT:
+                return 1 / energy
+            case Objective.PMQ:
+                total = float(self.sample.route(self.layer).gates.double().sum())
+                return share * float((gates.sum() / max(total, 1e-30)) ** _GATE_POWER) / energy
+            case Objective.FREQUENCY:
+                return share
+            case Objective.ENERGY:
+                return float(wanted.square().sum()) / energy
+
+    def _error(
+        self,
+        expert: FeedForward,
+        changed: Mapping[Side, Quantized],
+        x: torch.Tensor,
+        gates: torch.Tensor,
+        wanted: torch.Tensor,
+    ) -> float:
+        if self.objective in (Objective.OUTPUT, Objective.PMQ):
+            matrices: dict[Side, Matrix] = {side: Dense(matrix.dense()) for side, matrix in changed.items()}
+            found = with_matrices(expert, matrices).apply(x).double() * gates[:, None]
+            return float((found - wanted).square().sum())
+        wrong = total = 0.0
+        for side, matrix in changed.items():
+            weight = dense(expert, side)
+            wrong += float((matrix.dense() - weight).double().square().sum())
+            total += float(weight.double().square().sum())
+        return wrong / max(total, torch.finfo(torch.float64).tiny)
+
+
+def sides_of(expert: FeedForward) -> list[Side]:
+    """The matrices of an expert that there are."""
+    return [side for side in Side if projection(expert, side) is not None]
+
+
+def dense(expert: FeedForward, side: Side) -> torch.Tensor:
+    """A matrix [out, in] that is there."""
+    found = projection(expert, side)
+    assert found is not None
+    return found.dense()
+
+
+def plannable(expert: Expert) -> bool:
+    """Whether the expert has nothing but dense matrices."""
+    if not isinstance(expert, FeedForward):
+        return False
+    return all(isinstance(item.matrix, Dense) for item in _projections(expert))
+
+
+def _projections(expert: FeedForward) -> Iterator[Projection]:
+    yield from (item for side in Side if (item := projection(expert, side)) is not None)
+
+
+def _rounded(expert: FeedForward, side: Side, target: Target) -> Quantized:
+    return Quantized(round_matrix(target, dense(expert, side), side.value))
