@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -42,6 +44,16 @@ ARCHITECTURES = (
     Architecture("gfx1100", "hip", "gfx1100", 32, 64 * _KIB, 128 * _KIB, 196608, 2048, 32),
 )
 """In the order in which reports list them."""
+
+
+def parse_architectures(text: str) -> tuple[Architecture, ...]:
+    """Those of names separated by commas, all of them for an empty text. Raises UsageError for an unknown one."""
+    known = {item.name: item for item in ARCHITECTURES}
+    names = [name.strip() for name in text.split(",")] if text else list(known)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no architecture {name!r}", hint=f"known are {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(names))
 
 
 def architecture(name: str) -> Architecture:

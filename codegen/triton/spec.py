@@ -81,6 +81,12 @@ class MatrixFormat:
         """Rows are padded with zeros to a multiple of this."""
         return PLANE_BLOCK if self.packed else WIDTH_UNIT
 
+    def bits_per_weight(self, element: Element) -> float:
+        """Bits of a number, with its part of the scales of groups; scales of rows are not counted."""
+        if not self.packed:
+            return 8.0 * element.nbytes
+        return self.bits + (32 * (1 + self.zero_points) / self.scale_columns if self.scale_columns else 0.0)
+
     @property
     def name(self) -> str:
         """Part of the names of arguments and tensors, such as `float` or `int4_group64`."""
@@ -126,6 +132,10 @@ class Product:
     def scaled(self) -> bool:
         """Whether any format has scales."""
         return any(item.packed for item in self.formats)
+
+    def fewest_bits(self, element: Element) -> float:
+        """Bits that a weight takes in the smallest of the formats, with its part of scales and zero points."""
+        return min(item.bits_per_weight(element) for item in self.formats)
 
     def extent(self, item: MatrixFormat) -> int:
         """Stored columns of a row in a format, 0 for an expert's width."""

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass, replace
 from enum import Enum
 
 from moec.codegen.triton.architectures import ARCHITECTURES
-from moec.codegen.triton.spec import PLANE_BLOCK, LayerKind, Product
+from moec.codegen.triton.spec import FLOAT, PLANE_BLOCK, LayerKind, Product
 
 DEFAULT = "default"
 INTERPRETER = "interpreter"
@@ -58,13 +58,15 @@ def tile_for(kind: LayerKind, phase: Phase, product: Product, shared_bytes: int)
     """The tile of a product, with as many stages as fit `shared_bytes`."""
     wide = kind.element.nbytes == 2
     if phase is Phase.MANY:
-        tile = Tile(64, 64, 64 if wide else 32, 4, 3)
+        tile = Tile(64, 64, 64, 4, 3) if wide else Tile(32, 32, 32, 4, 3)
     else:
         # few warps: what a warp does for the rows, it does for more columns
         tile = Tile(16, 64, 64, 2, 4) if wide else Tile(16, 32, 32, 2, 4)
+        if wide and product.formats == (FLOAT,) and len(product.results) == 1:
+            tile = replace(tile, block_k=128, stages=3)
         if len(product.formats) > 1 and len(product.results) > 1:
             # the registers of all formats are held at once
-            tile = replace(tile, warps=4)
+            tile = replace(tile, block_n=32)
     while tile.stages > 1 and shared_memory(kind, product, tile) > shared_bytes:
         tile = replace(tile, stages=tile.stages - 1)
     while tile.block_n > 16 and shared_memory(kind, product, tile) > shared_bytes:

@@ -19,6 +19,7 @@ from moec.cli.bench import bench
 from moec.cli.compile import compile_command
 from moec.cli.eval import evaluate
 from moec.cli.inspect import inspect
+from moec.cli.kernels import kernels
 from moec.cli.opt import opt
 from moec.cli.passes import passes
 from moec.cli.plan import plan
@@ -77,6 +78,7 @@ app.command()(verify)
 app.command("eval")(evaluate)
 app.command()(run)
 app.command()(bench)
+app.command()(kernels)
 app.command()(passes)
 
 
