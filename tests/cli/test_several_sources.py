@@ -161,3 +161,17 @@ def test_sources_that_do_not_fit_are_refused_with_what_differs(
 def test_one_model_alone_cannot_be_joined() -> None:
     with pytest.raises(UsageError, match="joins several models, but there is only one"):
         PassContext().require_others()
+
+
+def test_the_command_line_names_the_field_in_which_models_differ(
+    sources: list[Path], tmp_path: Path, moec_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(sources[1], other)
+    rewrite("config.json", lambda values: values.update(num_hidden_layers=3))(other)
+    for command in ("plan", "compile"):
+        target = ("-o", tmp_path / "out") if command == "compile" else ()
+        code, _, printed = moec_command(command, sources[0], *target, "--with", sources[1], "--with", other)
+        assert code == 2 and "the models differ in" in printed and str(other / "config.json") in printed
+    code, printed, _ = moec_command("plan", sources[0], "--with", sources[1], "--recipe", "btx")
+    assert code == 0 and "parameters" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from moec.experts import (
     load_expert,
     replace_routing,
 )
+from moec.ir import TensorType
 from moec.module import Module
 from moec.passes.upcycle import Upcycle
 from moec.passes.upcycling.copies import shards, ternary
@@ -123,6 +125,24 @@ def test_the_ledger_holds_plain_copies_to_their_claim(llama: Module) -> None:
     pipeline = Pipeline.parse("upcycle{experts=2 granularity=4}")
     PassManager(pipeline, observers=[recorder]).run(module.op, weights=module.weights, module=module)
     assert [(entry.claim, entry.outcome.value) for entry in recorder.entries] == [("exact", "within bound")]
+
+
+def test_an_encoder_with_one_expert_for_each_token(tmp_path: Path) -> None:
+    """Gates of one choice are one; the probability of the choice in its place (Switch) is no copy's gate."""
+    encoder = raised_model("bert", tmp_path)
+    before = output(encoder)
+    assert difference(before, output(changed(encoder, "experts=4 k=1"))) < EXACT
+    assert difference(before, output(changed(encoder, "experts=4 k=1 gates=score"))) > 1e-3
+
+
+def test_parameters_are_those_of_all_copies_and_the_router(llama: Module) -> None:
+    block = load_dense(find_dense_layers(llama.op)[0], llama.weights)
+    size = 3 * block.up.dense().numel()
+    for options, copies in (("experts=5", 5), ("experts=3 granularity=4", 3), ("experts=2 perturb=drop", 2)):
+        layer = find_moe_layers(changed(llama, options).op)[0]
+        shapes = [value.type.static_shape for value in layer.experts.weights if isinstance(value.type, TensorType)]
+        assert sum(math.prod(shape) for shape in shapes) == copies * size
+        assert layer.outputs == layer.expert_count == copies * (4 if "granularity" in options else 1)
 
 
 @pytest.mark.parametrize("choices", [2, 6])
