@@ -153,7 +153,7 @@ def test_layers_that_follow_the_first_choose_alike(llama: Module, tmp_path: Path
     assert_close(found["logits"], expected["logits"].numpy(), 1e-4)
 
 
-def test_tokens_of_a_sequence_share_their_experts(bert: Module) -> None:
+def test_tokens_of_a_sequence_share_their_experts(bert: Module, tmp_path: Path) -> None:
     module = changed(bert, "set-routing{k=2 scope=sequence}")
     assert difference(output(bert), output(changed(bert, "set-routing{scope=sequence}"))) < EXACT
     seen: list[torch.Tensor] = []
@@ -177,6 +177,8 @@ def test_tokens_of_a_sequence_share_their_experts(bert: Module) -> None:
     # another batch, no padding: the same
     first = next(iter(together))
     assert difference(alone[first], together[first][2:, :5]) < EXACT
+    found, _ = emit_and_run(module, feeds, tmp_path / "onnx")
+    assert_close(found[first], together[first].numpy(), 1e-4)
 
 
 @pytest.mark.parametrize(
