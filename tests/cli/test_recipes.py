@@ -146,3 +146,14 @@ def test_mistakes_are_found_before_any_work(moec: Command, tmp_path: Path) -> No
         code, _, error = moec("compile", DENSE_MODEL, "-o", out, *arguments)
         assert code == 2 and error.startswith("moec: error:")
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_with_parameters_becomes_an_artifact(moec: Command, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, output, _ = moec(
+        "compile", DENSE_MODEL, "-o", out, "--recipe", "best{k=2 sequences=80}", "--store", tmp_path / "store"
+    )
+    assert code == 0 and "4 of 4 layers with experts" in output and "set-routing{k=2 scale=calibrated}" in output
+    manifest = json.loads((out / "moec.json").read_text())
+    assert manifest["build"]["recipe"] == "best{k=2 sequences=80}"
