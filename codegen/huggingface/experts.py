@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from moec.codegen.huggingface.routing import factor_between
 from moec.codegen.huggingface.values import Producer, Rows, Taken, rearranged
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertsOp
@@ -66,11 +67,17 @@ class LayerPair:
         return self.ours.location.name or self.template.location.name or "experts"
 
     @property
+    def factor(self) -> float:
+        """What our experts give is multiplied with that the config's model does not multiply it with."""
+        return factor_between(self.template, self.ours)
+
+    @property
     def is_unchanged(self) -> bool:
         """Whether both have the same experts in the same layout, so that whole stacks are paired."""
         one, two = self.template, self.ours
         return (
-            one.stored == two.stored
+            self.factor == 1.0
+            and one.stored == two.stored
             and one.classes == two.classes
             and [value.type for value in one.weights] == [value.type for value in two.weights]
             and regions_equal(one, two)
@@ -277,6 +284,7 @@ class _Writer:
         assert pair.layer is not None
         self._layer, self._layout, self._weights = pair.layer, layout, weights
         self._stored = _stored_by_row(pair)
+        self._factor = pair.factor
         self._last: tuple[int, dict[Part, torch.Tensor]] = (-1, {})
 
     def row(self, stack: Expression, shape: Sequence[int], index: int) -> torch.Tensor:
@@ -293,7 +301,11 @@ class _Writer:
         if expert < 0:
             return {}
         if self._last[0] != expert:
-            self._last = (expert, tensors_of(load_expert(self._layer, self._weights, expert)))
+            tensors = tensors_of(load_expert(self._layer, self._weights, expert))
+            for part in (Part.DOWN, Part.DOWN_BIAS):
+                if self._factor != 1.0 and part in tensors:
+                    tensors[part] = tensors[part] * self._factor
+            self._last = (expert, tensors)
         return self._last[1]
 
 

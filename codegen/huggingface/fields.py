@@ -77,7 +77,7 @@ def _numbers(section: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Fiel
             yield Field(here, value)
 
 
-def with_field(values: Values, field: Field, new: int) -> Values:
+def with_field(values: Values, field: Field, new: float) -> Values:
     """A copy of config values with another number in `field`, under the name that the values use for it already."""
     result = copy.deepcopy(values)
     section: Any = result

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moec.codegen.huggingface.routing import routing_difference
 from moec.dialects.builtin import WeightOp
-from moec.dialects.moe import ExpertsOp
-from moec.ir import BlockArgument, Operation, OpResult, TensorType, Value
+from moec.dialects.moe import ExpertsOp, RouteOp
+from moec.ir import Block, BlockArgument, Operation, OpResult, TensorType, Value
 from moec.ir.equality import regions_equal
 from moec.module import Module
 
@@ -25,10 +26,12 @@ class Difference:
 
 @dataclass
 class Match:
-    """What was paired: `weights` by the template's expression of each, `experts` the template's layers with ours."""
+    """What was paired: `weights` by the template's expression of each, `experts` the template's layers with ours,
+    `routes` their routers."""
 
     weights: dict[str, tuple[WeightOp, WeightOp]] = field(default_factory=dict)
     experts: dict[ExpertsOp, ExpertsOp] = field(default_factory=dict)
+    routes: list[tuple[RouteOp, RouteOp]] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
 
     @property
@@ -83,10 +86,15 @@ class _Matcher:
         if isinstance(one, ExpertsOp) and isinstance(two, ExpertsOp):
             self.match.experts[one] = two
             return [(one.x, two.x), (one.ids, two.ids), (one.gates, two.gates)]
-        different = _different_attributes(one, two)
+        if isinstance(one, RouteOp) and isinstance(two, RouteOp):
+            different = routing_difference(one, two)
+            if (one, two) not in self.match.routes:
+                self.match.routes.append((one, two))
+        else:
+            different = _different_attributes(one, two)
         if different:
             self._differs(expected, found, f"{two.name} has {different}")
-        elif one.regions and not regions_equal(one, two):
+        elif one.regions and not _bodies_equal(one, two):
             self._differs(expected, found, f"{two.name} computes something else")
         if len(one.operands) != len(two.operands):
             self._differs(
@@ -109,6 +117,39 @@ class _Matcher:
         place = next((op.location.name for op in (found.defining_op, op) if op is not None and op.location.name), "")
         position = self._positions.get(op, -1) if op is not None else -1
         self.match.differences.append(Difference(position, place, text))
+
+
+def _bodies_equal(one: Operation, two: Operation) -> bool:
+    """Whether regions compute the same from their arguments; independent operations may come in any order."""
+    if regions_equal(one, two):
+        return True
+    if len(one.regions) != len(two.regions):
+        return False
+    pairs = zip(one.regions, two.regions, strict=True)
+    return all(_same_body(left.block, right.block) for left, right in pairs)
+
+
+def _same_body(one: Block, two: Block) -> bool:
+    if [argument.type for argument in one.arguments] != [argument.type for argument in two.arguments]:
+        return False
+    same: dict[Value, Value] = dict(zip(one.arguments, two.arguments, strict=True))
+    frontier = list(zip(one.terminator.operands, two.terminator.operands, strict=False))
+    while frontier:
+        left, right = frontier.pop()
+        if left in same:
+            if same[left] is not right:
+                return False
+            continue
+        same[left] = right
+        if not isinstance(left, OpResult) or not isinstance(right, OpResult) or left.index != right.index:
+            return False
+        a, b = left.owner, right.owner
+        if a.name != b.name or a.regions or b.regions or left.type != right.type or _different_attributes(a, b):
+            return False
+        if len(a.operands) != len(b.operands):
+            return False
+        frontier += zip(a.operands, b.operands, strict=True)
+    return len(one.terminator.operands) == len(two.terminator.operands)
 
 
 def _different_attributes(expected: Operation, found: Operation) -> str:

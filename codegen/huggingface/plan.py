@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from moec.codegen.huggingface.experts import (
     Change,
@@ -22,8 +23,10 @@ from moec.codegen.huggingface.experts import (
 )
 from moec.codegen.huggingface.fields import Values, candidates, top_k_change, with_field, with_shapes
 from moec.codegen.huggingface.fill import can_fill, fill_layers
+from moec.codegen.huggingface.hosts import choose_host, needs_host
 from moec.codegen.huggingface.layout import tied_names
 from moec.codegen.huggingface.matching import Match, match_modules
+from moec.codegen.huggingface.routing import routing_candidates, routing_difference
 from moec.codegen.huggingface.sizes import Sizes, aligned, common_needs, shape_changes, wanted_shapes, wider
 from moec.codegen.huggingface.template import Template, build_template, has_cache
 from moec.codegen.huggingface.values import Producer, Taken, rearranged
@@ -92,10 +95,16 @@ def plan_checkpoint(module: Module, *, uniform: bool, traced: Module | None = No
     if uniform:
         module, filled = fill_layers(module)
     values = {key: value for key, value in module.config.items() if key != "quantization_config"}
-    fit = _Fit.of(values, module, traced)
+    if module.source.folder is not None and needs_host(module):
+        tried: list[_Fit] = []
+        module, values, more = choose_host(module, values, uniform=uniform, fits=partial(_difference_of, tried))
+        filled, fit = (*filled, *more), tried[-1]
+    else:
+        fit = _Fit.of(values, module, traced)
     sizes = fit.sizes(module)
     if sizes is not None and sizes.old != sizes.new:
         fit = _resized(values, fit, sizes, module, uniform)
+    fit = _with_router_scalars(fit, module)
     difference = fit.match.first_difference
     if difference is not None:
         raise UnsupportedModelError(
@@ -109,14 +118,43 @@ def plan_checkpoint(module: Module, *, uniform: bool, traced: Module | None = No
         _plan_layer(plan, pair, module)
     if plan.changes and not uniform:
         some = "; ".join(f"{change.place}: {change.text}" for change in plan.changes[:3])
-        more = f"; and {len(plan.changes) - 3} more" if len(plan.changes) > 3 else ""
+        rest = f"; and {len(plan.changes) - 3} more" if len(plan.changes) > 3 else ""
         raise UnsupportedModelError(
-            f"transformers stores all experts alike; the same function would need {some}{more}",
+            f"transformers stores all experts alike; the same function would need {some}{rest}",
             hint="--uniform writes it so; the function stays the same, the folder becomes larger"
             + _instead(plan.changes),
         )
     _plan_weights(plan, fit.match, module)
     return plan
+
+
+def _difference_of(tried: list[_Fit], values: Values, module: Module) -> str | None:
+    """What keeps the model of config values from being ours, None where nothing does; raises as `build_template`."""
+    with _silent():
+        tried.append(_Fit.of(values, module))
+    difference = tried[-1].match.first_difference
+    return None if difference is None else str(difference)
+
+
+def _with_router_scalars(fit: _Fit, module: Module) -> _Fit:
+    """The fit of a config whose scalars say how routers work, where one of the scalars is all that differs.
+
+    A factor of the experts' sum that no scalar holds stays; the experts carry it.
+    """
+    routes = fit.match.routes
+    wrong = fit.match.first_difference is not None and any(routing_difference(*pair) for pair in routes)
+    if not wrong and all(pair.factor == 1.0 for pair in fit.pairs):
+        return fit
+    scales = {(one.routing.scale, two.routing.scale) for one, two in routes}
+    for candidate in routing_candidates(fit.template.values, scales.pop() if len(scales) == 1 else None, wrong):
+        try:
+            with _silent():
+                found = _Fit.of(candidate, module)
+        except MoecError:
+            continue
+        if found.match.first_difference is None and (wrong or all(pair.factor == 1.0 for pair in found.pairs)):
+            return found
+    return fit
 
 
 def _instead(changes: list[Change]) -> str:

@@ -36,7 +36,8 @@ class Predictor:
 
 def neuron_scores(block: FeedForward, rows: torch.Tensor) -> torch.Tensor:
     """What each neuron gives to each row: |h_j| ||D_j||, float64 [n, m] for rows [n, H]."""
-    return (block.hidden_activations(rows).abs() * block.down.dense().norm(dim=0)).double()
+    norms: torch.Tensor = block.down.dense().norm(dim=0)
+    return (block.hidden_activations(rows).abs() * norms).double()
 
 
 def standard_scores(block: FeedForward, rows: torch.Tensor) -> torch.Tensor:
