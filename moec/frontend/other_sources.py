@@ -80,7 +80,8 @@ def join_sources(
 def require_equal_configs(folder: Path, other: Path) -> None:
     """Raises UsageError that names the first field in which two models would compute something else."""
     values = [_resolved(item) for item in (folder, other)]
-    place = _difference(*[{key: item[key] for key in item.keys() - _NOT_COMPUTED} for item in values])
+    first, second = ({key: item[key] for key in item.keys() - _NOT_COMPUTED} for item in values)
+    place = _difference(first, second)
     if place is not None:
         raise UsageError(
             f"the models differ in {place}",
