@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -64,7 +65,16 @@ class DenseGathering:
 
     def __init__(self, layer: DenseLayer, rows: int, dtype: torch.dtype) -> None:
         self.layer = layer
-        self.rows = LayerRows.empty(rows, layer.hidden_size, dtype)
+        self._rows, self._dtype = rows, dtype
+
+    @cached_property
+    def rows(self) -> LayerRows:
+        """The reservoir; there is none before the block runs, since all layers' together are large."""
+        return LayerRows.empty(self._rows, self.layer.hidden_size, self._dtype)
+
+    def release(self) -> None:
+        """Lets go of the reservoir, which observers of finished layers would keep."""
+        self.__dict__.pop("rows", None)
 
     def on_block(self, seen: Observation, place: BatchPlace) -> None:
         """The whole block."""
@@ -78,11 +88,20 @@ class LayerGathering:
         self.layer = layer
         size = layer.hidden_size
         self.sums = StatisticsSum(layer.outputs, size, expert_widths(layer))
-        own_input = layer.router.tensor("input") is not layer.experts.x
-        router_size = _last_size(layer.router.tensor("input"))
-        self.rows = LayerRows.empty(rows, size, dtype, router_size if own_input else 0)
+        self._rows, self._dtype = rows, dtype
         self._chosen: dict[int, _Chosen] = {}
         self._hidden: torch.Tensor | None = None
+
+    @cached_property
+    def rows(self) -> LayerRows:
+        """The reservoir; there is none before the layer runs, since all layers' together are large."""
+        own_input = self.layer.router.tensor("input") is not self.layer.experts.x
+        router_size = _last_size(self.layer.router.tensor("input"))
+        return LayerRows.empty(self._rows, self.layer.hidden_size, self._dtype, router_size if own_input else 0)
+
+    def release(self) -> None:
+        """Lets go of the reservoir, which observers of finished layers would keep."""
+        self.__dict__.pop("rows", None)
 
     def on_router(self, seen: Observation, place: BatchPlace) -> None:
         """The router's linear map."""

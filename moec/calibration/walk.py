@@ -90,6 +90,7 @@ def walk(
                     found = gathered.pop(layer.name)
                     sums = None if isinstance(found, DenseGathering) else found.sums.result()
                     keep(LayerResult(layer, sums, found.rows, None))
+                    found.release()
         if settings.gradients and last + 1 < len(segments):
             snapshots[last + 1] = [dict(execution.values) for execution in executions]
     if settings.gradients:
@@ -102,6 +103,7 @@ def walk(
                 found = gathered.pop(layer.name)
                 sums = None if isinstance(found, DenseGathering) else found.sums.result(energy[layer.name])
                 keep(LayerResult(layer, sums, found.rows, rows[layer.name]))
+                found.release()
 
 
 def _run(executor: Executor, segment: Segment, executions: Sequence[Execution]) -> None:
