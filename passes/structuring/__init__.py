@@ -1,0 +1,1 @@
+"""Parts of `structure-linear`: factors of a matrix, and the operations that multiply by them."""
