@@ -59,6 +59,8 @@ class EmitOptions:
     lowering: Lowering | None = None
     # what packed weights are multiplied with, where the target has an operator for them
     activations: Activations = Activations.FLOAT32
+    # bytes of the pages on which experts lie in a file of their own; 0: they lie among the other weights
+    page_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from moec.codegen.onnx.context import Context, EmitOptions, tensor_of
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.deploy_files import write_genai_config, write_lowering_report
 from moec.codegen.onnx.expert_plan import plan_layers
-from moec.codegen.onnx.external_data import Placement, StoredTensor, hard_link, lay_out, write_tensors
+from moec.codegen.onnx.external_data import Placement, StoredTensor, hard_link, lay_out, lay_out_experts, write_tensors
 from moec.codegen.onnx.fallback_function import fallback_function
 from moec.codegen.onnx.graph import ONNX_DTYPES, GraphBuilder
 from moec.codegen.onnx.lower_moe import LayerLowering
 from moec.codegen.onnx.registry import emit_block
+from moec.codegen.onnx.session_file import PREPACKED_FOLDER, SessionFacts, save_prepacked, write_session_file
 from moec.codegen.onnx.targets import Target
 from moec.dialects.aten import AtenOp
-from moec.dialects.builtin import FuncOp, WeightOp
+from moec.dialects.builtin import PAGE_ATTRIBUTE, PREPACKED_ATTRIBUTE, FuncOp, WeightOp
 from moec.dialects.quant import DequantOp
 from moec.ir.dimensions import DimExpr, symbol
 from moec.ir.types import DType
@@ -30,6 +31,7 @@ from moec.module import Module
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+EXPERTS_FILE = "experts.onnx.data"
 
 # imported for the emissions that they register
 _EMISSION_MODULES = (aten_matrix, aten_pointwise, aten_reduce, aten_shape, lower_moe, lower_nn, lower_quant)
@@ -58,8 +60,8 @@ class OnnxReport:
     """What was emitted.
 
     `node_count` is that of the main graph, `int8_products` the number of nodes that round their activations to int8,
-    `weight_bytes` the size of all weights without gaps between them;
-    `without_genai` says why there is no genai_config.json, None if there is.
+    `session` how a file with externalised experts is loaded, `weight_bytes` the size of all weights without gaps
+    between them; `without_genai` says why there is no genai_config.json, None if there is.
     """
 
     target: Target
@@ -71,6 +73,7 @@ class OnnxReport:
     layers: tuple[LayerLowering, ...]
     without_genai: str | None
     int8_products: int = 0
+    session: SessionFacts | None = None
 
 
 def emit_onnx(
@@ -97,11 +100,13 @@ def emit_onnx(
     profile = target.profile
     builder = GraphBuilder(profile.opset)
     tokens = _EXPECTED_TOKENS[optimize_for]
-    options = EmitOptions(target, dtype, weights_in_place, tokens, lowering, activations)
+    page = module.op.attributes.get(PAGE_ATTRIBUTE, 0)
+    assert isinstance(page, int)
+    options = EmitOptions(target, dtype, weights_in_place, tokens, lowering, activations, page)
     context = Context(builder, module.weights, options)
     emit_function(context, module.main)
     folder.mkdir(parents=True, exist_ok=True)
-    placements, data = _store(builder.stored, folder)
+    placements, data = _store(builder.stored, folder, page)
     model = _model(context, placements, folder)
     proto = ir.to_proto(model)
     payload = proto.SerializeToString(deterministic=True)
@@ -111,6 +116,9 @@ def emit_onnx(
         # the checker refuses linked files, since it cannot know where else they are changed
         onnx.checker.check_model(str(folder / MODEL_FILE))
     files = (EmittedFile(MODEL_FILE, len(payload)), *data)
+    session = _session_facts(context, module, folder)
+    if session is not None:
+        write_session_file(folder, session)
     without_genai = write_genai_config(module, folder, MODEL_FILE)
     write_lowering_report(folder, target, tuple(context.lowerings))
     return OnnxReport(
@@ -123,7 +131,23 @@ def emit_onnx(
         tuple(context.lowerings),
         without_genai,
         _int8_products(proto),
+        session,
     )
+
+
+def _session_facts(context: Context, module: Module, folder: Path) -> SessionFacts | None:
+    """How to load a file whose experts are to be read when they are chosen; None for any other file."""
+    if not context.options.page_bytes:
+        return None
+    copies = any(layer.choice.lowering is not Lowering.FUSED for layer in context.lowerings)
+    if not copies:
+        return SessionFacts({})
+    if PREPACKED_ATTRIBUTE in module.op.attributes:
+        nbytes = save_prepacked(folder / MODEL_FILE)
+        return SessionFacts({}, f"{PREPACKED_FOLDER}/{MODEL_FILE}", nbytes)
+    packed = any(isinstance(op, DequantOp) for op in module.op.walk())
+    # kernels of packed weights are slow by far on weights that they did not arrange; those of float32 are not
+    return SessionFacts({} if packed else {"session.disable_prepacking": "1"})
 
 
 def _int8_products(model: onnx.ModelProto) -> int:
@@ -167,8 +191,13 @@ def _size_name(size: int | DimExpr) -> int | str:
     return size if isinstance(size, int) else _SIZE_NAMES.get(size, str(size))
 
 
-def _store(tensors: tuple[StoredTensor, ...], folder: Path) -> tuple[dict[str, Placement], tuple[EmittedFile, ...]]:
-    """Writes the weights, or links the files that hold them already; returns where each lies."""
+def _store(
+    tensors: tuple[StoredTensor, ...], folder: Path, page: int
+) -> tuple[dict[str, Placement], tuple[EmittedFile, ...]]:
+    """Writes the weights, or links the files that hold them already; returns where each lies.
+
+    With `page`, experts get a file of their own, each on pages of so many bytes.
+    """
     placed: dict[str, Placement] = {}
     links: dict[Path, str] = {}
     for tensor in tensors:
@@ -179,11 +208,17 @@ def _store(tensors: tuple[StoredTensor, ...], folder: Path) -> tuple[dict[str, P
         hard_link(source, folder, name)
     rest = [tensor for tensor in tensors if tensor.name not in placed]
     files = [EmittedFile(name, (folder / name).stat().st_size) for name in links.values()]
-    if rest:
-        places = lay_out(rest, DATA_FILE)
-        digest = write_tensors(folder / DATA_FILE, rest, places)
-        placed.update(zip([tensor.name for tensor in rest], places, strict=True))
-        files.append(EmittedFile(DATA_FILE, (folder / DATA_FILE).stat().st_size, digest))
+    experts = [tensor for tensor in rest if page and tensor.expert is not None]
+    experts.sort(key=lambda tensor: tensor.expert or ())
+    others = [tensor for tensor in rest if not page or tensor.expert is None]
+    for name, some, places in (
+        (DATA_FILE, others, lay_out(others, DATA_FILE)),
+        (EXPERTS_FILE, experts, lay_out_experts(experts, EXPERTS_FILE, page)),
+    ):
+        if some:
+            digest = write_tensors(folder / name, some, places)
+            placed.update(zip([tensor.name for tensor in some], places, strict=True))
+            files.append(EmittedFile(name, (folder / name).stat().st_size, digest))
     return placed, tuple(files)
 
 

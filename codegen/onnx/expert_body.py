@@ -128,6 +128,11 @@ class BodyWalk:
         return self.b.ops("Split", self._value(rows), self.rows.counts(), outputs=self.rows.experts, axis=0)
 
     def _multiply(self, rows: ir.Value, index: int, weight: Stacks, bias: Stacks | None) -> ir.Value:
+        place = -1 if weight.is_shared else index
+        with self.b.expert(len(self.context.lowerings), self.rows.number, place):
+            return self._multiply_expert(rows, index, weight, bias)
+
+    def _multiply_expert(self, rows: ir.Value, index: int, weight: Stacks, bias: Stacks | None) -> ir.Value:
         offset = None
         if bias is not None:
             offset = self.context.weight(_row(bias, index, self.context), _row_name(bias, index))

@@ -122,7 +122,11 @@ def _choice(context: Context, op: ExpertsOp, refusal: str | None) -> Choice:
     forced = Lowering.FUSED if options.lowering is Lowering.FUSED_PACKED else options.lowering
     if forced is not None and not (forced is Lowering.FUSED and refusal is not None):
         return Choice(forced, "asked for", {forced: predict(shape, options.tokens)[forced]})
-    return choose(shape, options.tokens, options.target, refusal)
+    choice = choose(shape, options.tokens, options.target, refusal)
+    if options.page_bytes and refusal is None and choice.lowering is not Lowering.FUSED:
+        seconds = {Lowering.FUSED: predict(shape, options.tokens)[Lowering.FUSED]}
+        return Choice(Lowering.FUSED, "its experts are read from their file when they are chosen", seconds)
+    return choice
 
 
 def _fused_or_refusal(context: Context, op: ExpertsOp) -> tuple[FusedForm | None, str | None, float | None]:

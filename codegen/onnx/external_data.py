@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PAGE = 4096
 LARGE_PAGE = 65536  # granularity of memory maps on Windows
 LARGE = 1 << 20
+ALIGNMENT = 64  # what vector instructions read at once
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class StoredTensor:
     """A weight of the ONNX file.
 
     `pieces()` gives the row-major data of `shape` in element type `dtype`, as tensors one after another.
-    `origin`, if known, is where the very same bytes lie in a checkpoint.
+    `origin`, if known, is where the very same bytes lie in a checkpoint. `expert` names the expert whose weight it is,
+    in the order of use; parts of one expert lie together.
     """
 
     name: str
@@ -45,6 +47,7 @@ class StoredTensor:
     dtype: DType
     pieces: Callable[[], Iterable[torch.Tensor]]
     origin: FileRange | None = None
+    expert: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -61,14 +64,27 @@ class Placement:
 
 
 def lay_out(tensors: Sequence[StoredTensor], location: str) -> tuple[Placement, ...]:
-    """Offsets of the tensors one after another, aligned so that runtimes can map them."""
+    """Offsets of the tensors one after another, those of a page or more aligned so that runtimes can map them."""
     placements = []
     end = 0
     for tensor in tensors:
-        alignment = LARGE_PAGE if tensor.nbytes >= LARGE else PAGE
+        alignment = LARGE_PAGE if tensor.nbytes >= LARGE else PAGE if tensor.nbytes >= PAGE else ALIGNMENT
         offset = -(-end // alignment) * alignment
         placements.append(Placement(location, offset, tensor.nbytes))
         end = offset + tensor.nbytes
+    return tuple(placements)
+
+
+def lay_out_experts(tensors: Sequence[StoredTensor], location: str, page: int) -> tuple[Placement, ...]:
+    """Offsets of experts' weights, sorted by expert: an expert starts on a page, its weights follow one another."""
+    placements = []
+    end = 0
+    before: tuple[int, ...] | None = None
+    for tensor in tensors:
+        alignment = ALIGNMENT if tensor.expert == before else page
+        offset = -(-end // alignment) * alignment
+        placements.append(Placement(location, offset, tensor.nbytes))
+        end, before = offset + tensor.nbytes, tensor.expert
     return tuple(placements)
 
 

@@ -42,6 +42,7 @@ class _Shared:
     stored: list[StoredTensor] = field(default_factory=list)
     domains: set[str] = field(default_factory=set)
     scope: list[str] = field(default_factory=list)
+    expert: tuple[int, ...] | None = None
 
 
 class GraphBuilder:
@@ -68,6 +69,16 @@ class GraphBuilder:
             yield
         finally:
             self._shared.scope.pop()
+
+    @contextmanager
+    def expert(self, *place: int) -> Iterator[None]:
+        """Weights that are first used inside belong to the expert at this place: layer, class, number in the class."""
+        before = self._shared.expert
+        self._shared.expert = place
+        try:
+            yield
+        finally:
+            self._shared.expert = before
 
     def scope_of(self, name: str) -> AbstractContextManager[None]:
         """The scope of a module path; none for an operation of unknown origin."""
@@ -154,7 +165,7 @@ class GraphBuilder:
                 name=tensor.name, type=ir.TensorType(ONNX_DTYPES[tensor.dtype]), shape=ir.Shape(tensor.shape)
             )
             self._shared.weights[key] = found
-            self._shared.stored.append(tensor)
+            self._shared.stored.append(replace(tensor, expert=tensor.expert or self._shared.expert))
         return found
 
     # nodes

@@ -30,7 +30,8 @@ class _BodyBuilder(GraphBuilder):
 
     def weight(self, key: str, tensor: StoredTensor) -> ir.Value:
         if key not in self.arguments:
-            self.arguments[key] = (self.input(f"weight_{len(self.arguments)}", None, None), tensor)
+            mine = replace(tensor, expert=self._shared.expert)
+            self.arguments[key] = (self.input(f"weight_{len(self.arguments)}", None, None), mine)
         return self.arguments[key][0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -16,6 +17,9 @@ from moec.codegen.onnx.registry import emits_op
 from moec.codegen.onnx.route import RouteOperands, emit_route
 from moec.dialects.moe import ExpertsOp, RouteOp
 from moec.ir.operation import Operation
+
+if TYPE_CHECKING:
+    from moec.codegen.onnx.expert_plan import ExpertsPlan
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,23 @@ def emit_experts(context: Context, op: ExpertsOp) -> ir.Value:
 def _emit_layer(context: Context, op: ExpertsOp) -> ir.Value:
     plan = context.plans[op]
     before = len(context.builder.nodes)
-    if plan.form is not None:
-        result = emit_fused(context, op, plan.form, plan.shared, plan.shared_parts)
-    elif plan.packed is not None:
-        result = emit_packed_fused(context, op, plan.packed)
-    elif plan.choice.lowering is Lowering.LEAN_FUNCTION:
-        result = emit_lean_function(context, op)
-    else:
-        result = emit_lean(context, op)
+    # what is not one expert's own, such as a stack of all of them, comes before those
+    with context.builder.expert(len(context.lowerings)):
+        result = _emit_form(context, op, plan)
     nodes = len(context.builder.nodes) - before
     layer = op.location.name or f"experts {len(context.lowerings)}"
     context.lowerings.append(LayerLowering(layer, plan.choice, op.expert_count, nodes, plan.parity, plan.shared_parts))
     return result
+
+
+def _emit_form(context: Context, op: ExpertsOp, plan: ExpertsPlan) -> ir.Value:
+    if plan.form is not None:
+        return emit_fused(context, op, plan.form, plan.shared, plan.shared_parts)
+    if plan.packed is not None:
+        return emit_packed_fused(context, op, plan.packed)
+    if plan.choice.lowering is Lowering.LEAN_FUNCTION:
+        return emit_lean_function(context, op)
+    return emit_lean(context, op)
 
 
 def emit_with_shared(context: Context, total: Operation) -> tuple[ir.Value, ...]:

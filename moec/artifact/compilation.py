@@ -183,7 +183,7 @@ def compile_folder(
                 path = folder / ONNX_FOLDER / MODEL_FILE if options.verify else None
                 recorder.entries.append(activations_entry(path, module, options))
         with step("digest"):
-            manifest = _manifest(source, module, options, pipeline, recorder.entries, rows, folder)
+            manifest = _manifest(source, module, options, pipeline, recorder.entries, rows, folder, emitted)
             write_manifest(folder, manifest)
         disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         actual = Cost(seconds=round(watch.seconds, 3), memory_bytes=memory.look(), disk_bytes=disk)
@@ -220,7 +220,9 @@ def _manifest(
     ledger: Sequence[LedgerEntry],
     rows: Sequence[VerificationRow],
     folder: Path,
+    emitted: OnnxReport | None,
 ) -> Manifest:
+    session = emitted.session if emitted is not None else None
     return Manifest(
         source=SourceRecord(
             model_type=module.source.model_type,
@@ -239,6 +241,8 @@ def _manifest(
             seed=options.seed,
             weights_in_place=options.weights_in_place,
             activations=options.activations.value,
+            session_options=session.options if session is not None else {},
+            prepacked_bytes=session.prepacked_bytes if session is not None else 0,
             recipe=options.recipe_title,
             budget=options.budget,
             calibration=None if options.calibration is None else describe_file(options.calibration),

@@ -41,7 +41,11 @@ class SourceRecord(Record):
 
 
 class BuildRecord(Record):
-    """The options that decide the bytes of the artifact. `calibration` is the file that was named for it, if any."""
+    """The options that decide the bytes of the artifact. `calibration` is the file that was named for it, if any.
+
+    `session_options` are what ONNX Runtime is to be told when it loads the model, `prepacked_bytes` the disk that
+    weights stored in the layout of its kernels take.
+    """
 
     pipeline: str
     emit: tuple[str, ...]
@@ -52,6 +56,8 @@ class BuildRecord(Record):
     seed: int
     weights_in_place: bool
     activations: str = "float32"
+    session_options: dict[str, str] = {}
+    prepacked_bytes: int = 0
     recipe: str = ""
     budget: str = ""
     calibration: FileRecord | None = None

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from moec.codegen.onnx.session_file import read_session_file
 from moec.errors import UsageError, VerificationError
 
 Cache = dict[str, Any]
@@ -39,11 +40,16 @@ class OnnxModel:
         """Loads `path` (model.onnx) for the CPU. Raises UsageError if there is no such file.
 
         `lean` leaves the weights in their mapped file: no repacked copies and no folded constants, so that a model
-        larger than the memory can be checked. It is slower.
+        larger than the memory can be checked. It is slower. What `session.json` beside the model asks for is done.
         """
         if not path.is_file():
             raise UsageError("there is no ONNX model", where=str(path), hint="compile with --emit onnx")
+        facts = read_session_file(path.parent)
+        if facts.prepacked and not lean:
+            path = path.parent / facts.prepacked
         options = onnxruntime.SessionOptions()
+        for key, value in facts.options.items():
+            options.add_session_config_entry(key, value)
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1

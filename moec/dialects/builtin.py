@@ -16,6 +16,12 @@ from moec.ir.operation import Block, BlockArgument, Operation, Region, Value
 from moec.ir.types import FunctionType, TensorType, Type
 from moec.ir.verifier import VerifyError
 
+PAGE_ATTRIBUTE = "moec.page_bytes"
+"""Attribute of a module: experts lie in a file of their own, each on pages of so many bytes."""
+
+PREPACKED_ATTRIBUTE = "moec.prepacked"
+"""Attribute of a module: the weights are also stored as ONNX Runtime packs them for the machine that compiles."""
+
 
 class ModuleOp(Op, name="builtin.module", regions=1, open_attributes=True):
     """Holds functions. Its attributes are facts of the source model that survive in the text."""

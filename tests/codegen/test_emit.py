@@ -74,7 +74,8 @@ def test_external_data_is_aligned_and_its_digest_right(tmp_path: Path) -> None:
     assert len(external) == SHAPE.layers * (1 + 3 * SHAPE.experts)
     for tensor in external:
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        assert int(entries["offset"]) % 4096 == 0
+        # what is smaller than a page shares one
+        assert int(entries["offset"]) % (4096 if int(entries["length"]) >= 4096 else 64) == 0
         assert not tensor.raw_data
 
 
