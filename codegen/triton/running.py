@@ -29,16 +29,20 @@ _INPUTS, _PLAN, _OUTPUTS = "inputs.safetensors", "plan.json", "outputs.safetenso
 
 @dataclass(frozen=True)
 class LayerRows:
-    """Rows float32 [tokens, hidden size] for the layer `layer` of a package."""
+    """Rows float32 [tokens, hidden size] for the layer `layer` of a package, or only for its router."""
 
     package: Path
     layer: int
     rows: torch.Tensor
+    only_router: bool = False
 
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """The layer's output float32 [tokens, hidden size], and the router outputs and gates [tokens, k] that it chose."""
+    """The layer's output float32 [tokens, hidden size], and the router outputs and gates [tokens, k] that it chose.
+
+    Where only the router was asked for, the output has no rows.
+    """
 
     y: torch.Tensor
     ids: torch.Tensor
@@ -57,7 +61,7 @@ def run_layers(requests: Sequence[LayerRows]) -> list[LayerOutput]:
             {f"{number}": item.rows.float().contiguous().clone() for number, item in enumerate(requests)},
             str(folder / _INPUTS),
         )
-        plan = [[str(item.package.resolve()), item.layer] for item in requests]
+        plan = [[str(item.package.resolve()), item.layer, item.only_router] for item in requests]
         (folder / _PLAN).write_text(json.dumps(plan), encoding="utf-8")
         environment = dict(os.environ) | ({} if torch.cuda.is_available() else {INTERPRET: "1"})
         command = [sys.executable, "-m", __name__, str(folder)]
@@ -101,14 +105,15 @@ def _main(folder: Path) -> None:
     found: dict[str, torch.Tensor] = {}
     rows = load_file(str(folder / _INPUTS))
     loaded = ""
-    for number, (path, layer) in enumerate(json.loads((folder / _PLAN).read_text(encoding="utf-8"))):
+    for number, (path, layer, only_router) in enumerate(json.loads((folder / _PLAN).read_text(encoding="utf-8"))):
         if path != loaded:
             package, loaded = import_package(Path(path)), path
         block = package.load_layer(layer, device)
         with torch.no_grad():
             x = rows[f"{number}"].to(device)
             ids, gates = block.choose(x)
-            results = {"y": block(x).float(), "ids": ids, "gates": gates}
+            y = x[:0] if only_router else block(x).float()
+            results = {"y": y, "ids": ids, "gates": gates}
         found.update({f"{number}.{name}": value.cpu() for name, value in results.items()})
     save_file(found, str(folder / _OUTPUTS))
 

@@ -102,7 +102,9 @@ def test_every_kernel_for_every_architecture(formats: str, element: Element, tmp
         assert row.metrics.spills == 0, row
         if element is not Element.FLOAT32 and row.phase in (Phase.SLOTS.value, Phase.FEW.value):
             assert row.instructions is not None and row.instructions <= BARS[formats], row
-            assert row.prediction is not None and row.prediction.bound is Bound.MEMORY, row
+            # two bits are read faster than the instructions for them are issued
+            few_bits = formats in ("ternary", "mixed")
+            assert row.prediction is not None and (few_bits or row.prediction.bound is Bound.MEMORY), row
 
 
 def test_a_kernel_that_does_not_fit_is_refused(tmp_path: Path) -> None:
