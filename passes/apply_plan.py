@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 
 from moec.budget.actions import ActionKind
+from moec.budget.coding import Wanted, codable, coded
 from moec.budget.offers import constant_output, factored
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, read_plan
 from moec.budget.shared_base import SharedBase, shared_base
-from moec.budget.tables import DAMPING
+from moec.budget.tables import DAMPING, wanted_of
 from moec.calibration.sample import LayerSample
 from moec.errors import UsageError
 from moec.experts import (
@@ -38,9 +39,9 @@ _NEED_SAMPLE = (ActionKind.FACTOR, ActionKind.DELTA, ActionKind.CONSTANT)
 class ApplyPlan(Pass):
     """Makes experts smaller as the plan of `solve-budget` says, or one that was saved in a file.
 
-    Narrowed and factored experts and constants are new tensors; an expert that another one answers for and one that
-    becomes nothing leave only their router outputs. Factors and constants are computed from the calibration, so that
-    a plan with such experts needs one.
+    Narrowed, packed and factored experts and constants are new tensors; an expert that another one answers for and one
+    that becomes nothing leave only their router outputs. Factors, constants, and codes of a plan with `refit` come from
+    the calibration, so that a plan with such experts needs one.
     """
 
     claim: ClassVar[Claim] = Claim.LOSSY
@@ -57,7 +58,7 @@ class ApplyPlan(Pass):
             _check(layers[item.layer], item)
         for item in plan.layers:
             context.count(self.changed, sum(row.action is not ActionKind.KEEP for row in item.experts))
-            _apply(layers[item.layer], item, context)
+            _apply(layers[item.layer], item, plan, context)
 
     def _plan(self, context: PassContext) -> BudgetPlan:
         if self.file is not None:
@@ -80,13 +81,15 @@ def _check(layer: MoeLayer, plan: LayerPlan) -> None:
             0 <= row.size < count and row.size != row.expert and plan.experts[row.size].action.is_stored
         ):
             raise UsageError(f"the plan redirects expert {row.expert} to {row.size}, which goes", where=layer.name)
+        if (kind is ActionKind.QUANTIZE) > bool(row.bits):
+            raise UsageError(f"the plan does not say how many bits expert {row.expert} has", where=layer.name)
         if kind is ActionKind.NARROW and not row.neurons:
             raise UsageError(f"the plan leaves expert {row.expert} no neurons", where=layer.name)
 
 
-def _apply(layer: MoeLayer, plan: LayerPlan, context: PassContext) -> None:
+def _apply(layer: MoeLayer, plan: LayerPlan, whole: BudgetPlan, context: PassContext) -> None:
     weights = context.require_weights()
-    needs_sample = any(row.action in _NEED_SAMPLE for row in plan.experts)
+    needs_sample = any(row.action in _NEED_SAMPLE or (row.bits and whole.refit) for row in plan.experts)
     sample = context.require_calibration().sample(layer) if needs_sample else None
     norms = Norms(layer, sample, Basis.GATE_WHITENED, DAMPING)
     base = None
@@ -99,7 +102,17 @@ def _apply(layer: MoeLayer, plan: LayerPlan, context: PassContext) -> None:
             target = row.size if row.action is ActionKind.REDIRECT else -1
             stored = [target if layer.stored[output] == row.expert else now for output, now in enumerate(stored)]
         elif row.action is not ActionKind.KEEP:
-            new[row.expert] = _changed(load_expert(layer, weights, row.expert), row, layer, sample, norms, base)
+            source = load_expert(layer, weights, row.expert)
+            changed = _changed(source, row, layer, sample, norms, base)
+            if row.bits:
+                wanted = None
+                if whole.refit:
+                    assert sample is not None
+                    wanted = wanted_of(
+                        source, layer, sample, context.require_calibration().statistics(layer), row.expert
+                    )
+                changed = _coded(changed, row, whole.group, wanted, layer)
+            new[row.expert] = changed
     layer = replace_experts(layer, weights, new)
     if tuple(stored) != layer.stored:
         alias_experts(layer, stored)
@@ -126,6 +139,15 @@ def _changed(
         return base.differences(expert, row.expert, norms).at(row.size)
     if row.action is ActionKind.FACTOR:
         return factored(expert, row.expert, row.size, norms)
+    if row.action is ActionKind.QUANTIZE:
+        return expert
     if not all(0 <= neuron < expert.width for neuron in row.neurons):
         raise UsageError(f"the plan keeps neurons that the expert does not have: it has {expert.width}", where=where)
     return slice_neurons(expert, torch.tensor(sorted(set(row.neurons))))
+
+
+def _coded(expert: Expert, row: ExpertPlan, group: int, wanted: Wanted | None, layer: MoeLayer) -> FeedForward:
+    where = f"{layer.name}, expert {row.expert}"
+    if not isinstance(expert, FeedForward) or not codable(expert):
+        raise UsageError("the plan packs matrices that are packed or factored already", where=where)
+    return coded(expert, row.bits, group, wanted)

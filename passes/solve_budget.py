@@ -8,15 +8,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from moec.artifact.options import OutputDType
-from moec.artifact.report import format_size
-from moec.artifact.weight_uses import weight_uses
 from moec.budget.actions import Action, ActionKind
 from moec.budget.measure import Distortion
 from moec.budget.offers import TableSettings
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, write_plan
 from moec.budget.problem import OWN, Item, Problem, Solution
-from moec.budget.sizes import parse_budget
+from moec.budget.sizes import format_size, parse_budget
 from moec.budget.solving import Solver, solve
 from moec.budget.tables import ExpertTable, LayerTable, layer_table
 from moec.errors import UsageError
@@ -24,8 +21,12 @@ from moec.experts import MoeLayer, UnreadableExpertError, find_moe_layers, find_
 from moec.ir import Operation
 from moec.module import Module
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
+from moec.weights.output_type import OutputDType
+from moec.weights.uses import weight_uses
 
 _OFFERED = (ActionKind.NARROW, ActionKind.DELTA, ActionKind.CONSTANT, ActionKind.ZERO, ActionKind.REDIRECT)
+_GOOD_BITS = 6
+"""Experts in codes of fewer bits answer for no others (moec's own choice)."""
 _SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)
 
 
@@ -34,15 +35,16 @@ _SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)
 class SolveBudget(Pass):
     """Decides what becomes of each expert so that all of them fit a budget of bytes; `apply-plan` does it.
 
-    For every expert the ways to make it smaller compete: fewer neurons, factored matrices, a difference of low rank
-    from a mean that its layer stores once, a constant, nothing, or another expert of its layer that answers for it.
+    For every expert the ways to make it smaller compete: fewer neurons, codes of few `bits` for all or fewer neurons,
+    factored matrices, a difference of low rank from a mean that its layer stores once, a constant, nothing, or another
+    expert of its layer that answers for it.
     Each is priced by the error that it makes in the layer's output on the calibration text, times the square of the
     expert's gate and how sensitive the loss is to that error, and takes the bytes that it will have in the artifact.
     Errors of different experts are added up.
 
     1. A share of `bytes` (60%) is one of the bytes of all experts, a number (4GiB) is for all weights of the model.
     2. Each layer keeps as many stored experts as a token chooses, protected experts stay as they are and serve no
-       other's tokens, and an expert answers for another only if it keeps `good` of its neurons.
+       other's tokens, and an expert answers for another only if it keeps `good` of its neurons and at least 6 bits.
     3. With `refit` neurons are chosen, and they and ranks are priced, for what is left after `refit-down`: a neuron may
        go if those that stay can take its part over (as weights do in Optimal Brain Surgeon). Without a refit behind
        it such a plan is worse than one without `refit`.
@@ -56,6 +58,7 @@ class SolveBudget(Pass):
     anchor: ClassVar[str] = "builtin.module"
     kept = Statistic("experts that stay as they are")
     narrowed = Statistic("experts that lose neurons")
+    packed = Statistic("experts that become codes of few bits, narrowed ones included")
     factored = Statistic("experts that are factored")
     deltas = Statistic("experts that become a difference from the mean of their layer")
     constants = Statistic("experts that become a constant")
@@ -67,12 +70,14 @@ class SolveBudget(Pass):
     actions: tuple[ActionKind, ...] = option("what may become of an expert", _OFFERED)
     steps: int = option("widths come in such parts of an expert", 16)
     ranks: tuple[float, ...] = option("shares of a matrix's parameters that factors may take", _SHARES)
+    bits: tuple[int, ...] = option("bits of codes that matrices may become; none for no codes", ())
+    group: int = option("inputs that share a scale where matrices become codes, if it divides them; else a row", 32)
     nearest: int = option("experts that may answer for another one", 8)
     good: float = option("share of its neurons that an expert must keep to answer for others", 0.75)
     refit: bool = option("prices are those after refit-down, which is to follow apply-plan", False)
     distortion: Distortion = option("how errors are made comparable", Distortion.AUTO)
     solver: Solver = option("how the plan is found", Solver.AUTO)
-    time_limit: float = option("seconds for HiGHS", 60.0)
+    nodes: int = option("nodes of the tree that HiGHS searches", 1000)
     gap: float = option("relative distance from the bound that is close enough", 1e-3)
     dtype: OutputDType = option("element type of the artifact", OutputDType.FLOAT32)
     file: Path | None = option("where the plan is written, too", None)
@@ -85,8 +90,12 @@ class SolveBudget(Pass):
             raise ValueError("steps must be at least 1 and nearest must not be negative")
         if not all(0 < share < 1 for share in self.ranks):
             raise ValueError("ranks are shares within 0 < share < 1")
-        if not 0 < self.good <= 1 or not self.time_limit > 0 or not self.gap >= 0:
-            raise ValueError("good is within 0 < good <= 1, time-limit above 0, and gap not negative")
+        if not all(1 <= bits <= 8 for bits in self.bits) or self.group < 1:
+            raise ValueError("codes have 1 to 8 bits, and group is at least 1")
+        if ActionKind.QUANTIZE in self.actions and not self.bits:
+            raise ValueError("say how many bits codes may have, such as bits=8,4,3,2")
+        if not 0 < self.good <= 1 or self.nodes < 1 or not self.gap >= 0:
+            raise ValueError("good is within 0 < good <= 1, nodes at least 1, and gap not negative")
 
         if self.refit and self.distortion is Distortion.FISHER:
             raise ValueError("refit needs a distortion that is a norm of outputs, which fisher is not")
@@ -98,9 +107,7 @@ class SolveBudget(Pass):
         for unreadable in find_unreadable(op):
             context.refuse(unreadable.op, unreadable.reason, self.pass_name)
         measure = self.distortion.resolved(gradients=calibration.has_gradients)
-        settings = TableSettings(
-            frozenset(self.actions), self.steps, self.ranks, self.nearest, measure, self.dtype, self.refit
-        )
+        settings = self._settings(measure)
         layers: list[MoeLayer] = []
         tables: list[LayerTable] = []
         for layer in find_moe_layers(op):
@@ -113,12 +120,19 @@ class SolveBudget(Pass):
             raise UsageError("there are no experts that a budget could be solved for", where="the module")
         problem = self._problem(module, layers, tables)
         self._require_feasible(problem, module, tables)
-        solution = solve(problem, self.solver, time_limit=self.time_limit, gap=self.gap)
+        solution = solve(problem, self.solver, nodes=self.nodes, gap=self.gap)
         plan = self._plan(layers, tables, problem, solution, measure)
         module.plan = plan
         if self.file is not None:
             write_plan(self.file, plan)
         self._report(op, plan, context)
+
+    def _settings(self, measure: Distortion) -> TableSettings:
+        actions = frozenset((*self.actions, ActionKind.QUANTIZE) if self.bits else self.actions)
+        bits = tuple(sorted(set(self.bits), reverse=True))
+        return TableSettings(
+            actions, self.steps, self.ranks, self.nearest, measure, self.dtype, self.refit, bits, self.group
+        )
 
     # -- the problem --------------------
 
@@ -148,8 +162,10 @@ class SolveBudget(Pass):
         actions = [offer.action for offer in table.offers]
         kinds = [action.kind for action in actions]
 
-        def serves(kind: ActionKind, size: int) -> bool:
-            return kind is ActionKind.KEEP or (kind is ActionKind.NARROW and size >= self.good * table.width)
+        def serves(action: Action) -> bool:
+            fine = not action.bits or action.bits >= _GOOD_BITS
+            wide = action.kind is not ActionKind.NARROW or action.size >= self.good * table.width
+            return action.kind in (ActionKind.KEEP, ActionKind.NARROW, ActionKind.QUANTIZE) and fine and wide
 
         # constants of the source are stored, but are no experts that a token could choose for what they compute
         return Item(
@@ -159,7 +175,7 @@ class SolveBudget(Pass):
             np.array([offer.distortion for offer in table.offers]),
             np.array([_target(action, first, base) for action in actions], np.int64),
             np.array([kind.is_stored for kind in kinds]),
-            np.array([serves(action.kind, action.size) for action in actions]),
+            np.array([serves(action) for action in actions]),
         )
 
     def _other_bytes(self, module: Module, experts: int) -> int:
@@ -205,6 +221,7 @@ class SolveBudget(Pass):
                         expert=table.expert,
                         action=offer.action.kind,
                         size=offer.action.size,
+                        bits=offer.action.bits,
                         bytes=offer.bytes,
                         distortion=offer.distortion,
                         neurons=offer.neurons,
@@ -217,6 +234,8 @@ class SolveBudget(Pass):
             measure=measure.value,
             solver=solution.name,
             dtype=self.dtype.value,
+            group=self.group,
+            refit=self.refit,
             budget_bytes=problem.bytes,
             bytes=problem.bytes_of(solution.choices),
             source_bytes=sum(layer.source_bytes for layer in tables),
@@ -241,8 +260,9 @@ class SolveBudget(Pass):
             (self.redirected, ActionKind.REDIRECT),
         ):
             context.count(statistic, counts.get(kind, 0))
+        context.count(self.packed, sum(bool(expert.bits) for layer in plan.layers for expert in layer.experts))
         unit = "squared error" if plan.measure == Distortion.MSE.value else "nats per token"
-        state = "" if plan.gap <= self.gap else "; NOT proven near the best: give more time"
+        state = "" if plan.gap <= self.gap else "; NOT proven near the best: allow more nodes"
         context.remark(
             op,
             f"experts take {format_size(plan.bytes)} of {format_size(plan.source_bytes)} "

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moec.artifact.format_facts import packed_facts
 from moec.artifact.ledger import round_error
 from moec.artifact.report import ExpertClassFacts, ExpertUse
-from moec.artifact.weight_uses import without_cast
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertClass, ExpertsOp
 from moec.ir import Operation, Region, TensorType, Value
 from moec.weights.expression_parser import parse_expression
+from moec.weights.uses import without_cast
 
 if TYPE_CHECKING:
     from moec.module import Module
@@ -37,11 +38,14 @@ def class_facts(module: Module, experts: ExpertsOp) -> Iterator[ExpertClassFacts
     for group, weights, region in experts.class_operands():
         facts = body_facts(region, group)
         own = sum(_weight_bytes(module, weight) for weight in weights[: group.stacks])
+        each = [1 if position >= group.stacks else len(group.experts) for position in range(len(weights))]
+        sizes = [_weight_bytes(module, weight) // count for weight, count in zip(weights, each, strict=True)]
+        formats, bits = packed_facts(region, dict(zip(region.block.arguments[1:], sizes, strict=True)))
         yield ExpertClassFacts(
             experts=group.experts,
             width=facts.width,
             rank=facts.rank,
-            body=facts.kind,
+            body=f"{facts.kind} in {formats}, {bits:.2f} bits" if formats else facts.kind,
             bytes_per_expert=own // len(group.experts),
             shared_bytes=sum(_weight_bytes(module, weight) for weight in weights[group.stacks :]),
         )

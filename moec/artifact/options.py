@@ -9,6 +9,7 @@ from pathlib import Path
 from moec.cache import cache_folder
 from moec.errors import UsageError
 from moec.frontend.model_kind import ModelKind
+from moec.weights.output_type import OutputDType as OutputDType
 
 RAISING_PIPELINE = "canonicalize,cse,dce,expand-complex,raise-nn,raise-moe,canonicalize,cse,dce"
 """Runs before the passes that a user names: they find norms, attention, routers and experts as single operations."""
@@ -46,19 +47,6 @@ class Check(Enum):
     NONE = "none"  # nothing
     CHANGED = "changed"  # what a pass changed: the function on real tokens, and each expert that it touched
     FULL = "full"  # the same after every pass, and on more tokens
-
-
-class OutputDType(Enum):
-    """The element type of the weights and of the arithmetic in the artifact."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"  # of kernels only: ONNX artifacts have float32 or float16
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return 4 if self is OutputDType.FLOAT32 else 2
 
 
 class Backend(Enum):

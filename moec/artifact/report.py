@@ -11,6 +11,7 @@ from pydantic import Field
 from moec.artifact.ledger import LedgerEntry
 from moec.artifact.measurements import Cost, LossRow, Machine, SpeedRow, StepTime, VerificationRow
 from moec.artifact.record import Record, read_record, write_record
+from moec.budget.sizes import format_size as format_size
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
@@ -150,15 +151,6 @@ def render_report(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report, runs=layer_runs(report.layers), picture=expert_picture(report.layers)
     )
-
-
-def format_size(size: float) -> str:
-    """`size` bytes with a binary unit, such as `11.8 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def format_number(number: float) -> str:

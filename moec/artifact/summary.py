@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from moec.artifact.expert_facts import class_facts, expert_use
 from moec.artifact.ledger import ModelSize
 from moec.artifact.report import LayerFacts
-from moec.artifact.weight_uses import WeightUse, slots_per_token, weight_uses
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertsOp, GroupScore, Normalize, RouteOp, Routing, Select
 from moec.dialects.nn import MLPOp
 from moec.ir import Value
+from moec.weights.uses import WeightUse, slots_per_token, weight_uses
 
 if TYPE_CHECKING:
     from moec.module import Module

@@ -7,10 +7,11 @@ from enum import Enum
 
 
 class ActionKind(Enum):
-    """`keep`, `narrow`, `factor` and `delta` experts are stored; the others leave only a vector, or nothing."""
+    """`keep`, `narrow`, `quantize`, `factor` and `delta` experts are stored; the others leave a vector, or nothing."""
 
     KEEP = "keep"  # as it is
     NARROW = "narrow"  # some of its neurons
+    QUANTIZE = "quantize"  # its matrices as codes of few bits
     FACTOR = "factor"  # its matrices as products of thin ones
     DELTA = "delta"  # a mean that the layer shares, and what it is beyond that as products of thin ones
     CONSTANT = "constant"  # its mean output
@@ -20,15 +21,19 @@ class ActionKind(Enum):
     @property
     def is_stored(self) -> bool:
         """Whether the expert still computes something of its own."""
-        return self in (ActionKind.KEEP, ActionKind.NARROW, ActionKind.FACTOR, ActionKind.DELTA)
+        return self not in (ActionKind.CONSTANT, ActionKind.ZERO, ActionKind.REDIRECT)
 
 
 @dataclass(frozen=True)
 class Action:
-    """`size`: neurons of `narrow`, the rank of `factor` and `delta`, the stored expert that `redirect` leads to."""
+    """`size`: neurons of `narrow`, the rank of `factor` and `delta`, the stored expert that `redirect` leads to.
+
+    `bits` of the codes of `quantize`; `narrow` experts may have some, too, 0 for numbers.
+    """
 
     kind: ActionKind
     size: int = 0
+    bits: int = 0
 
 
 @dataclass(frozen=True)

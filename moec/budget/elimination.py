@@ -56,16 +56,3 @@ def eliminate(hidden: torch.Tensor, columns: torch.Tensor, widths: Sequence[int]
         removed = float(columns.square().sum() - columns[:, alive].square().sum())
         found[width] = Remainder(alive, max(penalized - ridge * (change + removed), 0.0))
     return [found[width] for width in widths]
-
-
-def left_by_fit(features: torch.Tensor, errors: torch.Tensor, gates: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Errors [n, H] less what a change of the last product that reads `features` [n, u] can undo of them, float64.
-
-    Squares count times those of `gates` [n]; `ridge` > 0 as in `eliminate`.
-    """
-    features, errors, gates = features.double(), errors.double(), gates.double()[:, None]
-    weighted = features * gates
-    gram = weighted.T @ weighted
-    gram.diagonal().add_(ridge)
-    change = torch.cholesky_solve(weighted.T @ (errors * gates), torch.linalg.cholesky(gram))
-    return errors - features @ change

@@ -25,8 +25,11 @@ class _Rows:
         self.high.append(high)
 
 
-def solve_milp(problem: Problem, *, time_limit: float, gap: float) -> Solution | None:
-    """The best choice that HiGHS finds in `time_limit` seconds or proves within `gap`; None where it finds none."""
+def solve_milp(problem: Problem, *, nodes: int, gap: float) -> Solution | None:
+    """The best choice that HiGHS finds in a tree of so many nodes or proves within `gap`; None where it finds none.
+
+    Equal problems have equal results on every machine, which a limit of time would not give.
+    """
     starts = np.concatenate([[0], np.cumsum([len(item.bytes) for item in problem.items])])
     rows = _Rows()
     for number, item in enumerate(problem.items):
@@ -58,7 +61,7 @@ def solve_milp(problem: Problem, *, time_limit: float, gap: float) -> Solution |
         integrality=np.ones(len(costs)),
         bounds=Bounds(0.0, 1.0),
         constraints=LinearConstraint(matrix.tocsr(), np.array(rows.low), np.array(rows.high)),
-        options={"time_limit": time_limit, "mip_rel_gap": gap},
+        options={"node_limit": nodes, "mip_rel_gap": gap},
     )
     if result.x is None:
         return None

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from moec.artifact.options import OutputDType
 from moec.budget.actions import Action, ActionKind, Offer
-from moec.budget.elimination import eliminate, left_by_fit
+from moec.budget.coding import Wanted, codable, coded
+from moec.budget.elimination import eliminate
+from moec.budget.local_fit import left_by_fit
 from moec.budget.measure import Distortion, ErrorMeasure
 from moec.budget.shared_base import SharedBase, ranks_of
-from moec.experts import Constant, Dense, Expert, FeedForward, LowRank
+from moec.experts import Constant, Dense, Expert, FeedForward, LowRank, Projection, Quantized
 from moec.experts.bodies import operands_of
 from moec.passes.factoring.decomposition import decompose, saves
 from moec.passes.factoring.sides import Norms, Side, dense_matrix, projection, with_matrices
 from moec.passes.merging.layer_fit import fitted_features
 from moec.passes.neuron_pruning.slicing import slice_neurons, slicing_problem
+from moec.weights.output_type import OutputDType
+
+_CODED_WIDTHS = 8
+"""Narrowed experts come as codes, too, if their width is a whole number of such parts."""
 
 
 @dataclass(frozen=True)
 class TableSettings:
     """`actions` are offered besides `keep`; widths come in `steps`, ranks hold `shares` of a matrix's parameters, and
-    redirects go to the `nearest` experts. `dtype` is that of the artifact. With `refit` neurons are chosen, and they
+    redirects go to the `nearest` experts. `dtype` is that of the artifact; codes of so many `bits` have scales for
+    `group` inputs. With `refit` neurons are chosen, and they
     and ranks are priced, as if `refit-down` came afterwards."""
 
     actions: frozenset[ActionKind]
@@ -33,6 +39,8 @@ class TableSettings:
     distortion: Distortion
     dtype: OutputDType
     refit: bool = False
+    bits: tuple[int, ...] = ()
+    group: int = 32
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ def offers_of(
     offers: list[Offer] = []
     if isinstance(expert, FeedForward):
         offers += _narrowed(expert, seen, settings)
+        offers += _coded(expert, Action(ActionKind.QUANTIZE), expert, seen, settings)
         offers += _factored(expert, seen, settings, norms)
         if base is not None and seen.number in base.members:
             offers += _thinned(
@@ -70,17 +79,30 @@ def offers_of(
 
 
 def stored_bytes(expert: Expert, dtype: OutputDType) -> int:
-    """Bytes of an expert's tensors in the artifact; vectors stay float32 there. What its class shares is left out."""
+    """Bytes of an expert's tensors in the artifact, without what its class shares.
+
+    Vectors and the parts of packed matrices keep their types there.
+    """
     return sum(
-        operand.tensor.numel() * (dtype.itemsize if operand.tensor.ndim > 1 else OutputDType.FLOAT32.itemsize)
+        operand.tensor.numel()
+        * (dtype.itemsize if operand.tensor.ndim > 1 and not operand.packed else operand.itemsize)
         for operand in operands_of(expert)
         if not operand.shared
     )
 
 
 def work(expert: Expert) -> float:
-    """FLOPs of an expert on one token: two for each element of its matrices."""
-    return 2.0 * sum(operand.tensor.numel() for operand in operands_of(expert) if operand.tensor.ndim > 1)
+    """FLOPs of an expert on one token: two for each element of its matrices, packed ones included."""
+    numbers = 2.0 * sum(
+        operand.tensor.numel() for operand in operands_of(expert) if operand.tensor.ndim > 1 and not operand.packed
+    )
+    sides = [item.matrix.shape for side in Side if (item := _packed_side(expert, side)) is not None]
+    return numbers + 2.0 * sum(outputs * inputs for outputs, inputs in sides)
+
+
+def _packed_side(expert: Expert, side: Side) -> Projection | None:
+    found = projection(expert, side) if isinstance(expert, FeedForward) else None
+    return found if found is not None and isinstance(found.matrix, Quantized) else None
 
 
 def constant_output(outputs: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -115,7 +137,31 @@ def _narrowed(expert: FeedForward, seen: ExpertRows, settings: TableSettings) ->
     for kept, price in _kept_neurons(expert, seen, gated, widths, refit=settings.refit):
         small = slice_neurons(expert, kept)
         action = Action(ActionKind.NARROW, len(kept))
-        offers.append(_offer(action, small, seen, settings, price, tuple(kept.tolist())))
+        neurons = tuple(kept.tolist())
+        offers.append(_offer(action, small, seen, settings, price, neurons))
+        if len(kept) % (expert.width // min(_CODED_WIDTHS, expert.width)) == 0:
+            offers += _coded(expert, action, small, seen, settings, neurons)
+    return offers
+
+
+def _coded(
+    expert: FeedForward,
+    action: Action,
+    smaller: FeedForward,
+    seen: ExpertRows,
+    settings: TableSettings,
+    neurons: tuple[int, ...] = (),
+) -> list[Offer]:
+    """An expert that was made smaller by an action before, in codes of all numbers of bits."""
+    if ActionKind.QUANTIZE not in settings.actions or not codable(smaller):
+        return []
+    outputs = expert.apply(seen.inputs)
+    wanted = Wanted(seen.inputs, outputs, seen.gates, seen.ridge) if settings.refit else None
+    offers = []
+    for bits in settings.bits:
+        packed = coded(smaller, bits, settings.group, wanted)
+        price = seen.price(packed.apply(seen.inputs) - outputs)
+        offers.append(_offer(replace(action, bits=bits), packed, seen, settings, price, neurons))
     return offers
 
 

@@ -15,11 +15,13 @@ SCHEMA: Literal["moec.plan/1"] = "moec.plan/1"
 
 
 class ExpertPlan(Record):
-    """One stored expert. `size` and `neurons` as in `Action` and `Offer`; `distortion` is its share of the plan's."""
+    """One stored expert. `size`, `bits` and `neurons` as in `Action` and `Offer`; `distortion` is its share of the
+    plan's."""
 
     expert: int = Field(ge=0)
     action: ActionKind
     size: int = 0
+    bits: int = Field(default=0, ge=0, le=8)
     bytes: int = Field(ge=0)
     distortion: float = Field(ge=0)
     neurons: tuple[int, ...] = ()
@@ -38,12 +40,15 @@ class BudgetPlan(Record):
 
     Bytes are those of experts in an artifact of type `dtype`. `predicted` is the sum of distortions, in nats per token
     where `measure` knows gradients; no plan has less than `bound`. `flops` are those of experts, per token on average.
+    Codes have scales for `group` inputs; with `refit` last products are fitted before they become codes.
     """
 
     schema_name: Literal["moec.plan/1"] = Field(default=SCHEMA, alias="schema")
     measure: str
     solver: str
     dtype: str
+    group: int = Field(default=32, ge=1)
+    refit: bool = False
     budget_bytes: int
     bytes: int
     source_bytes: int

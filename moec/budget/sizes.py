@@ -1,4 +1,4 @@
-"""Budgets as people write them: a share, or bytes with a unit."""
+"""Sizes as people write them: a share, or bytes with a unit."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def parse_budget(text: str) -> Budget:
             raise ValueError(f"{text} is not within 0% to 100%")
         return Budget(number / 100, None)
     return Budget(None, int(number * _UNITS[found.group(2).lower()]))
+
+
+def format_size(size: float) -> str:
+    """`size` bytes with a binary unit, such as `11.8 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -21,7 +21,7 @@ class Solver(Enum):
     MILP = "milp"
 
 
-def solve(problem: Problem, solver: Solver, *, time_limit: float, gap: float) -> Solution:
+def solve(problem: Problem, solver: Solver, *, nodes: int, gap: float) -> Solution:
     """The best plan of the methods that `solver` names, with the highest bound that they proved.
 
     The first option of every item is the one that keeps it; where all can be kept, they are. The problem must be
@@ -40,11 +40,9 @@ def solve(problem: Problem, solver: Solver, *, time_limit: float, gap: float) ->
         found += _some(solve_exactly(problem))
     proven = bool(found) and min(solution.gap for solution in found) <= gap
     if solver is Solver.MILP or (solver is Solver.AUTO and not proven):
-        found += _some(solve_milp(problem, time_limit=time_limit, gap=gap))
+        found += _some(solve_milp(problem, nodes=nodes, gap=gap))
     if not found:
-        raise ResourceError(
-            f"no plan was found within {time_limit:g} seconds", hint="give more time, or a larger budget"
-        )
+        raise ResourceError(f"no plan was found within {nodes} nodes", hint="allow more nodes, or a larger budget")
     best = min(found, key=lambda solution: solution.distortion)
     choices = refill(problem, best.choices)
     distortion = problem.distortion_of(choices)

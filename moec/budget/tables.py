@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from moec.budget.actions import Action, ActionKind, Offer
+from moec.budget.coding import Wanted
 from moec.budget.measure import ErrorMeasure
 from moec.budget.offers import ExpertRows, TableSettings, offers_of, stored_bytes, work
 from moec.budget.shared_base import shared_base
 from moec.calibration.calibration import Calibration
+from moec.calibration.sample import LayerSample
 from moec.calibration.statistics import LayerStatistics
-from moec.experts import FeedForward, MoeLayer, load_expert
+from moec.experts import Expert, FeedForward, MoeLayer, load_expert
 from moec.passes.factoring.sides import Basis, Norms
 
 DAMPING = 0.01
@@ -54,7 +56,7 @@ def layer_table(layer: MoeLayer, calibration: Calibration, settings: TableSettin
     sample, statistics = calibration.sample(layer), calibration.statistics(layer)
     measure = ErrorMeasure.of(settings.distortion, layer, sample, statistics)
     norms = Norms(layer, sample, Basis.GATE_WHITENED, DAMPING)
-    ridge = REFIT_RIDGE * _mean_energy(statistics) * len(sample)
+    ridge = _ridge(statistics, sample)
     used = sorted(set(layer.stored) - {-1})
     x = sample.x.float()
     redirects = _redirect_prices(layer, calibration, measure) if ActionKind.REDIRECT in settings.actions else None
@@ -77,11 +79,19 @@ def layer_table(layer: MoeLayer, calibration: Calibration, settings: TableSettin
     return LayerTable(tuple(_with_redirect_work(table, statistics.count, full) for table in tables), base_bytes)
 
 
-def _mean_energy(statistics: LayerStatistics) -> float:
-    """Squares of gated hidden activations per token, on average over all of the layer's neurons; never 0."""
+def wanted_of(expert: Expert, layer: MoeLayer, sample: LayerSample, statistics: LayerStatistics, number: int) -> Wanted:
+    """What the last product of a stored expert is fitted to before it becomes codes."""
+    rows, gates = sample.chosen(layer, number)
+    inputs = sample.x[rows].float()
+    return Wanted(inputs, expert.apply(inputs), gates, _ridge(statistics, sample))
+
+
+def _ridge(statistics: LayerStatistics, sample: LayerSample) -> float:
+    """The weight of changes of last products: a share of what the squares of the neurons of a layer sum to on average
+    over all of them; never 0."""
     squares = torch.cat(statistics.neuron_gated_square)
-    found = float(squares.mean()) / max(statistics.tokens, 1) if squares.numel() else 0.0
-    return found or 1.0
+    found = float(squares.mean()) / max(statistics.tokens, 1) * len(sample) if squares.numel() else 0.0
+    return REFIT_RIDGE * found or 1.0
 
 
 def _redirected(layer: MoeLayer, number: int, prices: torch.Tensor, nearest: int) -> list[Offer]:

@@ -68,17 +68,6 @@ class _Part:
         """u, the rows of unknowns."""
         return self.features.shape[1]
 
-    def changed(self, change: torch.Tensor) -> FeedForward:
-        """The expert with `change` [u, H] added to its last product."""
-        down = self.expert.down
-        matrix: Dense | LowRank
-        if isinstance(down.matrix, Dense):
-            matrix = Dense((down.matrix.weight.double() + change.T).float())
-        else:
-            assert isinstance(down.matrix, LowRank)
-            matrix = replace(down.matrix, left=(down.matrix.left.double() + change.T).float())
-        return replace(self.expert, down=replace(down, matrix=matrix))
-
 
 JOINT_UNKNOWNS = 6144
 """Rows of unknowns up to which `auto` solves for all experts at once: a third of a GB for the normal equations."""
@@ -121,7 +110,7 @@ def fit_layer(
     if not after < before:
         return LayerFit({}, before, after, f"the error on held-out tokens would go from {before:.2%} to {after:.2%}")
     (changes,) = _solve(parts, residual, torch.ones_like(kept), settings, [ridge], joint=joint)
-    experts = {part.number: part.changed(change) for part, change in zip(parts, changes, strict=True)}
+    experts = {part.number: with_change(part.expert, change) for part, change in zip(parts, changes, strict=True)}
     return LayerFit(experts, before, after)
 
 
@@ -154,6 +143,18 @@ def _row_scales(y: torch.Tensor) -> torch.Tensor:
     squares = y.square().sum(dim=1, keepdim=True)
     usual = squares[squares > 0].median() if bool(squares.any()) else squares.new_tensor(1.0)
     return (usual / (usual + squares)).sqrt()
+
+
+def with_change(expert: FeedForward, change: torch.Tensor) -> FeedForward:
+    """The expert with `change` [u, H] added to the part of its last product that reads `fitted_features`."""
+    down = expert.down
+    matrix: Dense | LowRank
+    if isinstance(down.matrix, Dense):
+        matrix = Dense((down.matrix.weight.double() + change.T).float())
+    else:
+        assert isinstance(down.matrix, LowRank)
+        matrix = replace(down.matrix, left=(down.matrix.left.double() + change.T).float())
+    return replace(expert, down=replace(down, matrix=matrix))
 
 
 def fitted_features(expert: FeedForward, hidden: torch.Tensor) -> torch.Tensor | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from moec.artifact.summary import active_parameters, model_size
-from moec.artifact.weight_uses import weight_uses
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import Routing
 from moec.module import Module
+from moec.weights.uses import weight_uses
 from tests.codegen.running import module_of
 from tests.ir.expert_bodies import Kind, affine, constant, dense, latent, low_rank, mixed_layer
 

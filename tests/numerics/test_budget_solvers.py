@@ -15,7 +15,7 @@ from moec.budget.problem import OWN, Item, Problem
 from moec.budget.solving import Solver, solve
 from moec.errors import ResourceError
 
-TIME_LIMIT, GAP = 20.0, 1e-9
+NODES, GAP = 1000, 1e-9
 SEEDS = range(6)
 
 
@@ -66,31 +66,31 @@ def best_of_all(given: Problem) -> float:
 def test_dynamic_programming_and_milp_find_the_optimum(seed: int, share: float) -> None:
     given = problem(seed, share=share)
     optimum = best_of_all(given)
-    milp = solve_milp(given, time_limit=TIME_LIMIT, gap=GAP)
+    milp = solve_milp(given, nodes=NODES, gap=GAP)
     assert milp is not None and milp.distortion == pytest.approx(optimum, rel=1e-9)
     dp = solve_exactly(given)
     if dp is not None:  # it does not know that a group needs an expert
         assert dp.distortion == pytest.approx(optimum, rel=1e-9)
         assert dp.gap == 0
-    assert solve(given, Solver.AUTO, time_limit=TIME_LIMIT, gap=GAP).distortion == pytest.approx(optimum, rel=1e-9)
+    assert solve(given, Solver.AUTO, nodes=NODES, gap=GAP).distortion == pytest.approx(optimum, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_milp_finds_the_optimum_with_redirects(seed: int) -> None:
     given = problem(seed, redirects=True, experts=2 if seed % 2 else 3, groups=2 if seed % 2 else 1, share=0.45)
     optimum = best_of_all(given)
-    found = solve(given, Solver.AUTO, time_limit=TIME_LIMIT, gap=GAP)
+    found = solve(given, Solver.AUTO, nodes=NODES, gap=GAP)
     assert found.distortion == pytest.approx(optimum, rel=1e-9)
     assert found.bound <= optimum * (1 + 1e-6)
     own = given.restricted([item.target == OWN for item in given.items])
-    assert found.distortion <= solve(own, Solver.AUTO, time_limit=TIME_LIMIT, gap=GAP).distortion + 1e-12
+    assert found.distortion <= solve(own, Solver.AUTO, nodes=NODES, gap=GAP).distortion + 1e-12
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_milp_finds_the_optimum_under_two_budgets(seed: int) -> None:
     given = problem(seed, groups=1, experts=4, flops=True)
     optimum = best_of_all(given)
-    assert solve(given, Solver.MILP, time_limit=TIME_LIMIT, gap=GAP).distortion == pytest.approx(optimum, rel=1e-9)
+    assert solve(given, Solver.MILP, nodes=NODES, gap=GAP).distortion == pytest.approx(optimum, rel=1e-9)
     prices = solve_lagrangian(given)
     assert prices is not None
     assert optimum * (1 - 1e-9) <= prices.distortion <= 1.5 * optimum
@@ -136,7 +136,7 @@ def test_every_group_keeps_as_many_stored_as_it_needs() -> None:
     needy = Problem(cheap, given.bytes, None, (2, 2))
     assert solve_exactly(needy) is None
     for solver in (Solver.LAGRANGIAN, Solver.MILP, Solver.AUTO):
-        found = solve(needy, solver, time_limit=TIME_LIMIT, gap=GAP)
+        found = solve(needy, solver, nodes=NODES, gap=GAP)
         assert needy.violation(found.choices) == ""
 
 
@@ -153,13 +153,13 @@ def test_the_minimum_is_the_least_that_any_choice_takes(seed: int) -> None:
     least = given.minimum_bytes()
     assert least == min(sizes)
     tight = Problem(given.items, least, None, given.least)
-    assert not tight.violation(solve(tight, Solver.AUTO, time_limit=TIME_LIMIT, gap=GAP).choices)
+    assert not tight.violation(solve(tight, Solver.AUTO, nodes=NODES, gap=GAP).choices)
     with pytest.raises(ResourceError):
-        solve(Problem(given.items, least - 1, None, given.least), Solver.AUTO, time_limit=TIME_LIMIT, gap=GAP)
+        solve(Problem(given.items, least - 1, None, given.least), Solver.AUTO, nodes=NODES, gap=GAP)
 
 
 def test_a_budget_for_all_keeps_all() -> None:
     given = problem(1, redirects=True, share=1.0)
-    found = solve(given, Solver.AUTO, time_limit=TIME_LIMIT, gap=GAP)
+    found = solve(given, Solver.AUTO, nodes=NODES, gap=GAP)
     assert set(found.choices) == {0}
     assert found.distortion == found.gap == 0

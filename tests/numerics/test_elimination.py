@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from moec.budget.elimination import eliminate, left_by_fit
+from moec.budget.elimination import eliminate
+from moec.budget.local_fit import left_by_fit
 from moec.passes.merging import ridge_changes
 
 RIDGE = 0.3

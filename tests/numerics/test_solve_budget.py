@@ -19,7 +19,7 @@ from moec.codegen.onnx.emit import emit_onnx
 from moec.codegen.onnx.targets import parse_target
 from moec.dialects.builtin import WeightOp
 from moec.errors import MoecError, UnsafeInputError, UsageError
-from moec.experts import FeedForward, find_moe_layers, load_expert, run_layer
+from moec.experts import FeedForward, Quantized, find_moe_layers, load_expert, run_layer
 from moec.ir import DType, TensorType
 from moec.module import Module
 from tests.frontend.tiny_models import tiny_model
@@ -59,18 +59,18 @@ def solved(module: Module, options: str) -> BudgetPlan:
 
 
 def expert_bytes(module: Module) -> int:
-    """Float32 bytes of all weights that experts read, each content once."""
+    """Bytes of all weights that experts read, each content once."""
     sizes = {}
     for layer in find_moe_layers(module.op):
         for value in layer.experts.weights:
             assert isinstance(value.defining_op, WeightOp) and isinstance(value.type, TensorType)
-            sizes[value.defining_op.source] = 4 * value.type.element_count
+            sizes[value.defining_op.source] = value.type.dtype.bytes * value.type.element_count
     return sum(sizes.values())
 
 
 def tables(module: Module, distortion: Distortion = Distortion.MSE) -> list[LayerTable]:
     assert module.calibration is not None
-    settings = TableSettings(EVERY_ACTION, 8, (0.25, 0.5), 8, distortion, OutputDType.FLOAT32)
+    settings = TableSettings(EVERY_ACTION, 8, (0.25, 0.5), 8, distortion, OutputDType.FLOAT32, bits=(8, 4))
     return [layer_table(layer, module.calibration, settings) for layer in find_moe_layers(module.op)]
 
 
@@ -86,7 +86,15 @@ def test_one_action_costs_what_its_table_says(kind: ActionKind, folder: Path, tm
     row = (
         plan.layers[1]
         .experts[4]
-        .model_copy(update={"action": kind, "size": offer.action.size, "neurons": offer.neurons, "bytes": offer.bytes})
+        .model_copy(
+            update={
+                "action": kind,
+                "size": offer.action.size,
+                "bits": offer.action.bits,
+                "neurons": offer.neurons,
+                "bytes": offer.bytes,
+            }
+        )
     )
     experts = (*plan.layers[1].experts[:4], row, *plan.layers[1].experts[5:])
     changed = plan.layers[1].model_copy(update={"experts": experts})
@@ -125,7 +133,7 @@ def test_the_plan_keeps_to_its_bytes_and_the_artifact_has_them(
     module = calibrated(folder, tmp_path / "store")
     sizes = [_initializer_bytes(module, tmp_path / "before", target)]
     source = expert_bytes(module)
-    plan = solved(module, f"bytes={share:.0%} time-limit=20")
+    plan = solved(module, f"bytes={share:.0%}")
     run_passes(module, "apply-plan,canonicalize,dce")
     sizes.append(_initializer_bytes(module, tmp_path / "after", target))
     assert plan.source_bytes == source
@@ -135,15 +143,40 @@ def test_the_plan_keeps_to_its_bytes_and_the_artifact_has_them(
     assert sizes[0] - sizes[1] == source - plan.bytes
 
 
+@pytest.mark.parametrize("refit", ["false", "true"])
+def test_bits_compete_with_the_other_ways(refit: str, folder: Path, tmp_path: Path) -> None:
+    """Half-wide experts in codes and whole ones are in one plan, and do what it says and take what it says."""
+    module = calibrated(folder, tmp_path / "store")
+    sizes = [_initializer_bytes(module, tmp_path / "before", "portable")]
+    source = expert_bytes(module)
+    plan = solved(module, f"bytes=12% bits=8,4,3,2 refit={refit} file={tmp_path / 'plan.json'}")
+    without = solved(module, f"bytes=12% refit={refit}")
+    assert plan.predicted < 0.5 * without.predicted
+    coded = [row for layer in plan.layers for row in layer.experts if row.bits]
+    assert len({row.bits for row in coded}) > 1
+    assert {ActionKind.QUANTIZE} <= {row.action for row in coded} <= {ActionKind.QUANTIZE, ActionKind.NARROW}
+    run_passes(module, f"apply-plan{{file={tmp_path / 'plan.json'}}},canonicalize,dce")
+    assert plan.bytes == expert_bytes(module) <= plan.budget_bytes
+    sizes.append(_initializer_bytes(module, tmp_path / "after", "portable"))
+    # graphs that decode have some small tables of shifts
+    assert 0 <= (source - plan.bytes) - (sizes[0] - sizes[1]) <= 64
+    width = int(module.config["intermediate_size"])
+    for layer, tabled in zip(find_moe_layers(module.op), plan.layers, strict=True):
+        experts = [load_expert(layer, module.weights, number) for number in range(layer.expert_count)]
+        packed = [item for item in experts if isinstance(item, FeedForward) and isinstance(item.down.matrix, Quantized)]
+        wanted = [len(row.neurons) or width for row in tabled.experts if row.bits]
+        assert sorted(item.width for item in packed) == sorted(wanted)
+
+
 def _initializer_bytes(module: Module, folder: Path, target: str) -> int:
-    """Bytes of all float tensors of the exported model but single numbers."""
+    """Bytes of all tensors of numbers and codes of the exported model but single numbers."""
     folder.mkdir()
     emit_onnx(module, folder, target=parse_target(target), dtype=DType.F32)
     model = onnx_ir.load(folder / "model.onnx")
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     tensors = [item.const_value for graph in graphs for item in graph.initializers.values()]
-    floats = [item for item in tensors if item is not None and item.dtype is onnx_ir.DataType.FLOAT and item.size > 1]
-    return sum(item.nbytes for item in floats)
+    kinds = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.UINT8)
+    return sum(item.nbytes for item in tensors if item is not None and item.dtype in kinds and item.size > 1)
 
 
 def test_everything_kept_is_bit_identical(folder: Path, tmp_path: Path) -> None:
@@ -242,8 +275,8 @@ def _weights(module: Module) -> list[torch.Tensor]:
 
 def test_a_budget_of_flops_binds(folder: Path, tmp_path: Path) -> None:
     module = calibrated(folder, tmp_path)
-    free = solved(module, "bytes=70% time-limit=20")
-    bound = solved(module, "bytes=70% flops=50% time-limit=20")
+    free = solved(module, "bytes=70%")
+    bound = solved(module, "bytes=70% flops=50%")
     assert free.flops > 0.5 * free.source_flops >= bound.flops
     assert bound.predicted > free.predicted
 
