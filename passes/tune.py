@@ -14,12 +14,14 @@ from moec.calibration.data import IDS_SUFFIXES, read_data
 from moec.dialects.builtin import ModuleOp, WeightOp
 from moec.dialects.moe import ExpertsOp
 from moec.dialects.nn import MLPOp
+from moec.dialects.quant import DequantOp
 from moec.errors import UsageError
 from moec.experts import find_moe_layers
 from moec.experts.parts import store_tensor
 from moec.experts.router_source import is_frozen, router_weights
 from moec.ir import DType, Operation, TensorType
 from moec.module import Module
+from moec.passes.norm_folding.linear_maps import source_of
 from moec.passes.routing.training import Outcome, Schedule, teacher_of, train
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
@@ -33,6 +35,7 @@ class Trained(Enum):
     ROUTER = "router"  # the routers, but for frozen ones
     ROUTED = "routed"  # the routers, the experts, and the dense feed-forward blocks
     ALL = "all"  # every floating-point weight but frozen routers
+    SCALES = "scales"  # the scales of packed weights, whose codes and zero points stay (EfficientQAT, end to end)
 
 
 class Target(Enum):
@@ -112,7 +115,9 @@ class Tune(Pass):
         # the source has nothing to learn from itself, so it learns from the text whatever the target is
         control = train(source.op, source.weights, self._names(source.op), windows, held_out, schedule, None)
         for weight in [item for item in op.walk() if isinstance(item, WeightOp) and item.weight_name in found.weights]:
-            weight.source = str(store_tensor(module.weights, found.weights[weight.weight_name]))
+            kind = weight.value.type
+            assert isinstance(kind, TensorType)
+            weight.source = str(store_tensor(module.weights, found.weights[weight.weight_name], kind.dtype))
         self._report(op, found, control, context)
 
     def _names(self, op: Operation) -> list[str]:
@@ -131,6 +136,8 @@ class Tune(Pass):
                     for value in item.weights
                     if isinstance(value.defining_op, WeightOp)
                 ]
+            case Trained.SCALES:
+                found = [weight for weight in _scales(op) if weight not in frozen]
             case Trained.ALL:
                 found = [item for item in op.walk() if isinstance(item, WeightOp) and item not in frozen]
         return list(dict.fromkeys(weight.weight_name for weight in found if _is_float(weight)))
@@ -186,6 +193,12 @@ def _source(module: Module) -> Module:
     source = load_huggingface(module.source.folder, module.weights.store)
     PassManager(Pipeline.parse(RAISING_PIPELINE)).run(source.op, weights=source.weights, module=source)
     return source
+
+
+def _scales(op: Operation) -> list[WeightOp]:
+    """The weights that are scales or levels of packed matrices."""
+    sources = [source_of(item.scales) for item in op.walk() if isinstance(item, DequantOp)]
+    return [source.weight for source in sources if source is not None]
 
 
 def _is_float(weight: WeightOp) -> bool:

@@ -17,7 +17,7 @@ class Policy(Enum):
 
     ROUTED: those that chose it, alike. AFFINITY: those, by their gates (MoEQuant). ALL: every row. BALANCED: those that
     chose it, and as many more as its router output rates highest as an expert has on average (EAQuant). AUTO: those
-    that chose it, by their squared gates, and every row with a weight that matters where they are few.
+    that chose it, alike, and every row with a weight that matters where they are few.
     """
 
     ROUTED = "routed"
@@ -62,9 +62,7 @@ class ExpertInputs:
             case Policy.AUTO:
                 indices = torch.arange(count)
                 weights = torch.full((count,), PRIOR_ROWS / max(count, 1), dtype=torch.float64)
-                if len(chosen):
-                    squares = gates.square()
-                    weights[chosen] += squares / squares.mean().clamp_min(torch.finfo(torch.float64).tiny)
+                weights[chosen] += 1.0
         return self.sample.x[indices].float(), weights
 
     def moment(self, number: int, block: FeedForward, side: Side) -> torch.Tensor:

@@ -133,3 +133,16 @@ def test_a_trained_model_gets_back_most_of_what_the_experts_cost(tmp_path: Path)
     assert numbers["source-after"] < numbers["source-before"]
     gap = numbers["loss-before"] - numbers["source-after"]
     assert numbers["loss-before"] - numbers["loss-after"] >= 0.5 * gap > 0
+
+
+@pytest.mark.slow
+def test_scales_of_packed_weights(sparse: Module, tokens: Path) -> None:
+    """EfficientQAT, end to end: codes and zero points stay, and the loss falls."""
+    packed = copy_of(sparse)
+    moec.run_passes(packed, "quantize{bits=2 group=8}")
+    module, report = tuned(packed, "train=scales", tokens)
+    numbers = report.records[-1].statistics
+    changed = changes(packed, module)
+    assert changed and all(name.endswith(".scales") for name in changed)
+    assert numbers["loss-after"] < numbers["loss-before"]
+    assert numbers["source-before"] == numbers["source-after"]
