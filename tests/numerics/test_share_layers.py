@@ -21,6 +21,7 @@ from tests.experts.models import copy_of, difference, output
 from tests.frontend.tiny_models import save_tiny_checkpoint
 
 LAYERS = 4
+PAGE = 4096
 
 
 def raised(folder: Path) -> Module:
@@ -77,14 +78,14 @@ def file_bytes(module: Module, folder: Path) -> int:
 def test_what_is_shared_is_stored_once(folder: Path, model: Module, tmp_path: Path) -> None:
     shared = changed(model, "share-layers")
     sizes = {name: tensor.numel() * 4 for name, tensor in load_file(folder / "model.safetensors").items()}
-    saved = sum(
+    gone = [
         size
         for name, size in sizes.items()
         if name.startswith("model.layers.") and "norm" not in name and int(name.split(".")[2]) > 0
-    )
+    ]
     before, after = file_bytes(model, tmp_path / "before"), file_bytes(shared, tmp_path / "after")
-    # what is laid out in a file starts at whole pages
-    assert abs(before - after - saved) <= 0.02 * saved
+    # a tensor in a file may start at a whole page
+    assert 0 <= before - after - sum(gone) <= PAGE * len(gone)
     names = [op.weight_name for op in shared.op.walk() if isinstance(op, WeightOp) and "norm" in op.weight_name]
     sources = {op.source for op in shared.op.walk() if isinstance(op, WeightOp) and "norm" in op.weight_name}
     assert len(names) == len(sources) == 2 * LAYERS + 1

@@ -48,8 +48,7 @@ OPTIONS = (
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_equal_models_stay_what_they_were(equal: Module, options: str) -> None:
-    for seed in (0, 1):
-        assert difference(output(equal), output(upcycled(equal, options, seed))) < EXACT
+    assert difference(output(equal), output(upcycled(equal, options, seed=1))) < EXACT
 
 
 @pytest.mark.parametrize("model_type", ["phi", "qwen3"])
