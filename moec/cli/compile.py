@@ -76,10 +76,12 @@ def compile_command(
 ) -> None:
     """Compiles a model into a verified artifact."""
     from moec.artifact.compilation import compile_folder
+    from moec.artifact.memory import give_back_freed_memory
     from moec.artifact.report import format_size
     from moec.cli.progress import progress
     from moec.pipeline.instruments import Instrument, IRPrinting
 
+    give_back_freed_memory()
     load_plugins(plugins)
     options = CompileOptions(
         pipeline=pipeline,
