@@ -31,6 +31,7 @@ from moec.passes.quantizing.blocks import BlockPacker, Part, Rounding
 from moec.passes.quantizing.choices import FormatOptions, Kind, ScaleType, Trits, ZeroPoints
 from moec.passes.quantizing.inputs import ExpertInputs, Policy, second_moment
 from moec.passes.quantizing.places import What, find_places, pack_place
+from moec.passes.quantizing.training import train_block
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 from moec.quantization.bit_plan import ExpertBits
 from moec.quantization.grids import TernaryFit
@@ -42,11 +43,13 @@ from moec.quantization.second_order import Fallback, round_second_order
 class Method(Enum):
     """How weights become codes.
 
-    RTN: each the nearest one. GPTQ: codes that make up for each other's errors on the calibration text.
+    RTN: each the nearest one. GPTQ: codes that make up for each other's errors on the calibration text. BLOCK_AP: those
+    of GPTQ, then codes and scales of an expert trained together.
     """
 
     RTN = "rtn"
     GPTQ = "gptq"
+    BLOCK_AP = "block-ap"
 
 
 @register_pass("quantize")
@@ -65,6 +68,10 @@ class Quantize(Pass):
     expert without tokens is rounded to nearest codes, as are matrices outside of feed-forward blocks. The calibration
     decides which tokens count: `auto` adds all tokens, with the weight of 32, to those that chose the expert.
 
+    `block-ap` goes on from there for integers (EfficientQAT's first phase, one expert at a time): `steps` of Adam on
+    the codes, whose rounding passes gradients, and the scales, for the least error of what the expert gives; zero
+    points and bands of neurons stay. Every fifth row is held out, and what errs least there counts, the start included.
+
     Bytes count everything that is stored: `bytes-after` times 8 by `weights` are the bits per weight. Matrices that are
     packed or factored already, and protected experts, stay as they are.
     """
@@ -76,6 +83,7 @@ class Quantize(Pass):
     bytes_after = Statistic("bytes that they take now, scales and tables included")
     damped = Statistic("gptq: matrices that needed more damping")
     nearest = Statistic("gptq: matrices rounded to nearest codes all the same")
+    trained = Statistic("block-ap: experts that became better on held-out rows")
 
     what: tuple[What, ...] = option("weights to pack", (What.EXPERTS,))
     kind: Kind = option("family of formats", Kind.INTEGER)
@@ -92,6 +100,7 @@ class Quantize(Pass):
     calibration: Policy = option("gptq: tokens that count for an expert", Policy.AUTO)
     damping: float = option("gptq: what is added to the diagonal of a second moment, as a share of its mean", 0.1)
     act_order: bool = option("gptq: columns, or groups of them, in the order of their inputs' size", True)
+    steps: int = option("block-ap: gradient steps for each expert", 100)
     planned: bool = option("experts: integers of the bits that allocate-bits chose", False)
 
     def __post_init__(self) -> None:
@@ -102,6 +111,10 @@ class Quantize(Pass):
             raise ValueError("give at least one of the sides gate, up and down")
         if not self.damping > 0:
             raise ValueError(f"damping {self.damping:g} is not above 0")
+        if self.steps < 1:
+            raise ValueError("steps must be at least 1")
+        if self.method is Method.BLOCK_AP and self.kind is not Kind.INTEGER:
+            raise ValueError(f"block-ap trains integers, not {self.kind.value}")
         if self.planned and self.kind not in (Kind.INTEGER, Kind.KMEANS):
             raise ValueError(f"weights of kind {self.kind.value} have no bits to choose, as planned needs")
 
@@ -127,7 +140,7 @@ class Quantize(Pass):
     def _pack_experts(self, layer: MoeLayer, context: PassContext) -> None:
         weights, packer = context.require_weights(), BlockPacker(self.sides, context, self.pass_name)
         inputs = None
-        if self.method is Method.GPTQ:
+        if self.method is not Method.RTN:
             inputs = ExpertInputs(layer, context.require_calibration().sample(layer), self.calibration)
         plan = self._plan(layer, context)
         new: dict[int, Expert] = {}
@@ -144,10 +157,19 @@ class Quantize(Pass):
             packed = packer.pack(layer.experts, expert, f"{layer.name}, expert {number}", rounding, bits)
             if packed is not None:
                 new[number] = packed
+                if self.method is Method.BLOCK_AP and inputs is not None and isinstance(expert, FeedForward):
+                    new[number] = self._trained(expert, packed, inputs, number, context)
         if new:
             changed = replace_experts(layer, weights, new)
             self._count(packer.stored, context)
             context.remark(changed.experts, f"{len(new)} experts packed: {_bits(packer.stored):.3f} bits per weight")
+
+    def _trained(
+        self, source: FeedForward, packed: FeedForward, inputs: ExpertInputs, number: int, context: PassContext
+    ) -> FeedForward:
+        found = train_block(source, packed, *inputs.rows(number), self.steps)
+        context.count(self.trained, int(found.after < found.before))
+        return found.block
 
     def _plan(self, layer: MoeLayer, context: PassContext) -> tuple[ExpertBits | None, ...] | None:
         """The bits of the experts of a layer, None where the options say them."""

@@ -108,3 +108,14 @@ def test_policies_choose_rows(source: Module) -> None:
     affinity = ExpertInputs(layer, sample, Policy.AFFINITY).moment(rare, expert, Side.UP)
     x = sample.x[rows].double()
     assert torch.allclose(affinity, (x * gates[:, None]).T @ x)
+
+
+@pytest.mark.slow
+def test_training_a_block_errs_less_than_its_start(source: Module) -> None:
+    options = "bits=2 group=16"
+    gptq = sample_error(source, quantized(source, f"{options} method=gptq"))
+    module = copy_of(source)
+    report = run_passes(module, f"quantize{{{options} method=block-ap steps=40}}")
+    experts = sum(layer.expert_count for layer in find_moe_layers(source.op))
+    assert report.records[0].statistics["trained"] > experts / 2
+    assert sample_error(source, module) < 0.95 * gptq

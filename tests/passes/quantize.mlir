@@ -6,6 +6,7 @@
 // RUN: not moec opt %s -p 'quantize{kind=int4}' 2>&1 | filecheck %s --check-prefix=KIND
 // RUN: not moec opt %s -p 'quantize{method=gptq damping=0}' 2>&1 | filecheck %s --check-prefix=DAMPING
 // RUN: not moec opt %s -p 'quantize{method=gptq calibration=some}' 2>&1 | filecheck %s --check-prefix=POLICY
+// RUN: not moec opt %s -p 'quantize{method=block-ap kind=nf4}' 2>&1 | filecheck %s --check-prefix=TRAINED
 // RUN: not moec opt %s -p quantize 2>&1 | filecheck %s --check-prefix=ALONE
 // RUN: moec opt %s -p canonicalize,cse,dce | filecheck %s --check-prefix=KEPT
 
@@ -16,6 +17,7 @@
 // KIND: 'int4' is no integer|ternary|nf4|kmeans|mxfp4|nvfp4
 // DAMPING: damping 0 is not above 0
 // POLICY: 'some' is no routed|affinity|all|balanced|auto
+// TRAINED: block-ap trains integers, not nf4
 // ALONE: this pass reads weights, but the IR was given as text alone
 
 // KEPT: [[CODES:%[a-z0-9_]+]] = "moec.weight"() <{source = "codes", weight_name = "codes"}> : () -> tensor<2x6x2xui8>
