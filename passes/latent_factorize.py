@@ -15,10 +15,6 @@ from moec.experts import (
     FeedForward,
     LowRank,
     MoeLayer,
-    UnreadableExpertError,
-    find_moe_layers,
-    find_unreadable,
-    load_expert,
     replace_experts,
 )
 from moec.ir import Operation
@@ -30,6 +26,7 @@ from moec.passes.factoring.decomposition import (
     require_rank,
 )
 from moec.passes.factoring.joint import JointFactors, joint_spectrum, reduce_each, share_left, share_right
+from moec.passes.factoring.layers import FactoredLayer, factor_layers
 from moec.passes.factoring.sides import Basis, Norms, Side, dense_matrix, parameters, projection, with_matrices
 from moec.passes.factoring.whitening import Whitening, average, plain
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
@@ -98,26 +95,17 @@ class LatentFactorize(Pass):
         return RankRule(self.rank, self.ratio, self.energy)
 
     def run(self, op: Operation, context: PassContext) -> None:
-        for unreadable in find_unreadable(op):
-            context.refuse(unreadable.op, unreadable.reason, self.pass_name)
-        for layer in find_moe_layers(op):
-            try:
-                _Layer(self, layer, context).factor()
-            except UnreadableExpertError as error:
-                context.refuse(layer.experts, error.message, self.pass_name)
+        factor_layers(op, context, self.pass_name, lambda layer: _Layer(self, layer, context).factor())
 
 
-class _Layer:
-    """One layer while it is factored."""
+class _Layer(FactoredLayer):
+    """One layer while groups of its experts are factored."""
 
     def __init__(self, options: LatentFactorize, layer: MoeLayer, context: PassContext) -> None:
-        self.options = options
-        self.layer = layer
-        self.context = context
-        self.weights = context.require_weights()
         whitened = options.basis is not Basis.PLAIN
         sample = context.require_calibration().sample(layer) if whitened else None
-        self.norms = Norms(layer, sample, options.basis, options.damping)
+        super().__init__(layer, context, Norms(layer, sample, options.basis, options.damping))
+        self.options = options
         self.ranks: dict[Side, list[int]] = {}
 
     def factor(self) -> None:
@@ -136,15 +124,12 @@ class _Layer:
             spans = [f"{side.value} of rank {_span(ranks)}" for side, ranks in self.ranks.items()]
             count = len(next(iter(self.ranks.values())))
             context.remark(op, f"{len(new)} experts share factors in {count} groups: {', '.join(spans)}")
-        if self.norms.starved:
-            names = ", ".join(map(str, sorted(self.norms.starved)))
-            context.remark(op, f"no token of the calibration text chose the experts {names}: the norm is their group's")
+        self.name_starved(op, "the norm is their group's")
 
     def groups(self) -> list[list[int]]:
         """Stored experts, in groups."""
         layer = self.layer
-        free = [number for number in range(layer.expert_count) if number not in layer.protected]
-        free = [number for number in free if isinstance(self.load(number), FeedForward)]
+        free = self.free()
         size = self.options.group or max(len(free), 1)
         if layer.expert_count % size and not layer.protected:
             raise UsageError(
@@ -155,16 +140,6 @@ class _Layer:
         found = [free[start : start + size] for start in range(0, len(free), size)]
         # one expert alone has nothing to share
         return [numbers for numbers in found if len(numbers) > 1]
-
-    def load(self, number: int) -> Expert:
-        """A stored expert as it is."""
-        return load_expert(self.layer, self.weights, number)
-
-    def feed_forward(self, number: int) -> FeedForward:
-        """A stored expert that is known to be a feed-forward block."""
-        expert = self.load(number)
-        assert isinstance(expert, FeedForward)
-        return expert
 
     def factored(self, experts: dict[int, FeedForward]) -> tuple[int, dict[int, FeedForward]]:
         """The group with common factors, and how many numbers these hold."""

@@ -15,10 +15,6 @@ from moec.experts import (
     LowRank,
     Matrix,
     MoeLayer,
-    UnreadableExpertError,
-    find_moe_layers,
-    find_unreadable,
-    load_expert,
     replace_experts,
 )
 from moec.ir import Operation
@@ -32,6 +28,7 @@ from moec.passes.factoring.decomposition import (
     saves,
 )
 from moec.passes.factoring.fisher import element_importance
+from moec.passes.factoring.layers import FactoredLayer, factor_layers
 from moec.passes.factoring.partial import neurons_to_keep, ordered, parts
 from moec.passes.factoring.shared_base import delta_rank, weighted_base
 from moec.passes.factoring.sides import Basis, Norms, Side, dense_matrix, parameters, projection, with_matrices
@@ -101,34 +98,26 @@ class LowRankPass(Pass):
         return RankRule(self.rank, self.ratio, self.energy)
 
     def run(self, op: Operation, context: PassContext) -> None:
-        for unreadable in find_unreadable(op):
-            context.refuse(unreadable.op, unreadable.reason, self.pass_name)
-        for layer in find_moe_layers(op):
-            try:
-                _Layer(self, layer, context).factor()
-            except UnreadableExpertError as error:
-                context.refuse(layer.experts, error.message, self.pass_name)
+        factor_layers(op, context, self.pass_name, lambda layer: _Layer(self, layer, context).factor())
 
 
-class _Layer:
-    """One layer while it is factored."""
+class _Layer(FactoredLayer):
+    """One layer while its experts are factored."""
 
     def __init__(self, options: LowRankPass, layer: MoeLayer, context: PassContext) -> None:
-        self.options = options
-        self.layer = layer
-        self.context = context
-        self.weights = context.require_weights()
         needs_sample = options.basis is not Basis.PLAIN or options.base is Base.FISHER
         self.sample = context.require_calibration().sample(layer) if needs_sample else None
         whitened = options.basis is not Basis.PLAIN
-        self.norms = Norms(layer, self.sample if whitened else None, options.basis, options.damping)
+        super().__init__(
+            layer, context, Norms(layer, self.sample if whitened else None, options.basis, options.damping)
+        )
+        self.options = options
         self.ranks: dict[Side, list[int]] = {}
         self.lost: dict[Side, list[float]] = {}
 
     def factor(self) -> None:
         """Factors the experts and says what became of them."""
-        numbers = [n for n in range(self.layer.expert_count) if n not in self.layer.protected]
-        experts = [n for n in numbers if isinstance(self.load(n), FeedForward)]
+        experts = self.free()
         if not experts:
             return
         if self.options.base is Base.NONE:
@@ -144,19 +133,7 @@ class _Layer:
             changed = replace_experts(self.layer, self.weights, new)
             context.remark(changed.experts, f"{len(experts)} experts factored: {self.summary()}")
             op = changed.experts
-        if self.norms.starved:
-            names = ", ".join(map(str, sorted(self.norms.starved)))
-            context.remark(op, f"no token of the calibration text chose the experts {names}: their basis is plain")
-
-    def load(self, number: int) -> Expert:
-        """A stored expert as it is."""
-        return load_expert(self.layer, self.weights, number)
-
-    def feed_forward(self, number: int) -> FeedForward:
-        """A stored expert that is known to be a feed-forward block."""
-        expert = self.load(number)
-        assert isinstance(expert, FeedForward)
-        return expert
+        self.name_starved(op, "their basis is plain")
 
     def sides_of(self, expert: FeedForward) -> list[Side]:
         """The matrices to factor."""
