@@ -1,0 +1,1 @@
+"""Caches of experts in numbers: `simulation` (hit rates of policies), `prediction` (who comes next)."""
