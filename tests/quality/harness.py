@@ -27,6 +27,7 @@ from moec.artifact.text import TextCodec, TokenizedText
 from moec.artifact.tokens import TokenBatch, function_inputs
 from moec.dialects.builtin import ModuleOp, WeightOp
 from moec.dialects.moe import ExpertsOp
+from moec.dialects.quant import DequantOp
 from moec.frontend.huggingface import load_huggingface
 from moec.ir import TensorType
 from moec.module import Module
@@ -154,15 +155,19 @@ def loss(module: Module, text: Path, *, sequences: int = SEQUENCES, length: int 
 
 
 def expert_bytes(module: Module) -> int:
-    """Bytes of all weights that experts read, each weight expression once, at `UNIT_BYTES` per parameter."""
+    """Bytes of all weights that experts read, each weight expression once, at `UNIT_BYTES` per parameter; parts of
+    packed matrices in the types that they are stored in."""
     sizes: dict[str, int] = {}
     for op in module.op.walk():
         if isinstance(op, ExpertsOp):
-            for value in op.weights:
-                weight = value.defining_op
-                assert isinstance(weight, WeightOp) and isinstance(value.type, TensorType)
-                sizes[weight.source] = int(np.prod([int(size) for size in value.type.shape if isinstance(size, int)]))
-    return UNIT_BYTES * sum(sizes.values())
+            for _, weights, region in op.class_operands():
+                for value, argument in zip(weights, region.block.arguments[1:], strict=True):
+                    weight, kind = value.defining_op, value.type
+                    assert isinstance(weight, WeightOp) and isinstance(kind, TensorType)
+                    packed = any(isinstance(user, DequantOp) for user in argument.users)
+                    itemsize = kind.dtype.bytes if packed else UNIT_BYTES
+                    sizes[weight.source] = itemsize * int(np.prod(kind.static_shape))
+    return sum(sizes.values())
 
 
 def paired_interval(
