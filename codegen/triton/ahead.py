@@ -35,6 +35,7 @@ _POINTEES = {
 }
 _ELEMENTS = {Element.FLOAT32: "fp32", Element.FLOAT16: "fp16", Element.BFLOAT16: "bf16"}
 _ELEMENT_POINTERS = frozenset({"x", "hidden", "y", "result", "float"})
+BINARIES_FILE = "kernels.json"
 _CHUNK, _SCAN_ROWS, _LARGEST_BLOCK = 128, 16, 1024
 
 
@@ -169,11 +170,16 @@ def argument_type(name: str, element: Element) -> str:
     return "*i8" if pointee.startswith("int8") else "*i16"
 
 
-def write_binaries(package: Package, architectures: Sequence[Architecture]) -> None:
-    """Puts cubins and code objects into the package, with a list of what each takes, for hosts without Python."""
+def write_binaries(package: Package, architectures: Sequence[Architecture], output: Path) -> None:
+    """Writes cubins and code objects into a new folder, with a list of what each takes, for hosts without Python.
+
+    Raises UsageError where the folder exists, ResourceError as `compile_launch`.
+    """
+    if output.exists():
+        raise UsageError("the folder for binaries exists", where=str(output), hint="name one that does not")
     rows = []
     for architecture in architectures:
-        folder = package.folder / "binaries" / architecture.name
+        folder = output / architecture.name
         folder.mkdir(parents=True, exist_ok=True)
         for launch in package.launches(architecture):
             found = compile_launch(launch, architecture, package.element)
@@ -196,8 +202,7 @@ def write_binaries(package: Package, architectures: Sequence[Architecture]) -> N
                     "shared_bytes": found.shared_bytes,
                 }
             )
-    path = package.folder / "binaries" / "kernels.json"
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (output / BINARIES_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _import(path: Path) -> ModuleType:

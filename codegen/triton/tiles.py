@@ -67,6 +67,14 @@ def tile_for(kind: LayerKind, phase: Phase, product: Product, shared_bytes: int)
         if len(product.formats) > 1 and len(product.results) > 1:
             # the registers of all formats are held at once
             tile = replace(tile, block_n=32)
+    if any(0 < item.scale_columns < PLANE_BLOCK or item.zero_points for item in product.formats):
+        # sums of parts of a block, and of rows for zero points, take registers beside those of the result
+        several = len(product.results) > 1
+        tile = (
+            Tile(16, 32, 64, 2, 4)
+            if several
+            else replace(tile, block_n=min(tile.block_n, 32 + 32 * (phase is not Phase.MANY)))
+        )
     while tile.stages > 1 and shared_memory(kind, product, tile) > shared_bytes:
         tile = replace(tile, stages=tile.stages - 1)
     while tile.block_n > 16 and shared_memory(kind, product, tile) > shared_bytes:

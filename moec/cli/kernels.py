@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,9 @@ def kernels(
     architectures: Annotated[
         str, typer.Option("--architectures", metavar="sm90,gfx942", help="Which to compile for; all without it.")
     ] = "",
+    binaries: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Also write cubins and code objects; must not exist.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compiles the kernels for GPU architectures: registers, spills, shared memory, instructions, predicted bound."""
@@ -23,7 +27,7 @@ def kernels(
     from moec.artifact.opened import Artifact
     from moec.artifact.options import Backend
     from moec.cli.progress import progress
-    from moec.codegen.triton.ahead import Package
+    from moec.codegen.triton.ahead import Package, write_binaries
     from moec.codegen.triton.architectures import parse_architectures
     from moec.codegen.triton.kernel_report import report_kernels
     from moec.codegen.triton.rendering import PACKAGE_NAME
@@ -33,7 +37,10 @@ def kernels(
     if not opened.has(Backend.TRITON):
         raise UsageError("the artifact holds no kernels", where=str(artifact), hint="compile it with --emit triton")
     with progress() as show:
-        rows = list(report_kernels(Package.open(opened.kernels / PACKAGE_NAME), wanted, show))
+        package = Package.open(opened.kernels / PACKAGE_NAME)
+        rows = list(report_kernels(package, wanted, show))
+        if binaries is not None:
+            write_binaries(package, wanted, binaries)
     if as_json:
         typer.echo(json.dumps([row.as_json() for row in rows], indent=2))
         return

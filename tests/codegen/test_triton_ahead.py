@@ -134,8 +134,9 @@ def test_prediction_names_the_limit_that_takes_longest() -> None:
 @pytest.mark.slow
 def test_binaries_beside_the_source(tmp_path: Path) -> None:
     package = _package(_kind("float"), tmp_path)
-    write_binaries(package, [architecture("sm90")])
-    listed = json.loads((tmp_path / "binaries" / "kernels.json").read_text(encoding="utf-8"))
+    folder = tmp_path / "binaries"
+    write_binaries(package, [architecture("sm90")], folder)
+    listed = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
     assert len({row["file"] for row in listed}) == len(listed)
     for row in listed:
-        assert (tmp_path / "binaries" / row["file"]).read_bytes()[:4] == b"\x7fELF"
+        assert (folder / row["file"]).read_bytes()[:4] == b"\x7fELF"
