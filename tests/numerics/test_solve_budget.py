@@ -143,6 +143,7 @@ def test_the_plan_keeps_to_its_bytes_and_the_artifact_has_them(
     assert sizes[0] - sizes[1] == source - plan.bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refit", ["false", "true"])
 def test_bits_compete_with_the_other_ways(refit: str, folder: Path, tmp_path: Path) -> None:
     """Half-wide experts in codes and whole ones are in one plan, and do what it says and take what it says."""
