@@ -10,3 +10,4 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from tests.filecheck_plugin import pytest_collect_file  # noqa: F401
+from tests.trace_cache import one_trace_for_each_config  # noqa: F401
