@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,12 +74,10 @@ def test_source_is_as_recorded(name: str, tmp_path: Path) -> None:
 def test_source_is_clean(name: str, tmp_path: Path) -> None:
     for file, text in _source(*RECORDED[name], tmp_path / "store").items():
         (tmp_path / file).write_text(text, encoding="utf-8")
-    root = Path(__file__).parents[2]
+    settings = Path(__file__).parents[2] / "pyproject.toml"
     for check in (["check"], ["format", "--check"]):
-        done = subprocess.run(
-            ["ruff", *check, "--no-cache", "--config", str(root / "pyproject.toml"), str(tmp_path)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "ruff", *check, "--no-cache", "--config", str(settings), str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moec.dialects.builtin import FuncOp, ModuleOp
@@ -26,6 +28,7 @@ NAMES = (
     "forced_ids",
     "per_expert_scale",
 )
+NEUTRAL = Routing(k=1)
 DTYPES = {torch.float64: DType.F64, torch.bool: DType.I1, torch.int64: DType.I64}
 
 
@@ -47,6 +50,9 @@ def canonical(routing: Routing, inputs: RouteInputs) -> Routing:
 
 
 @settings(max_examples=200, deadline=None)
+@example(
+    replace(NEUTRAL, select=Select.TOPP, k=0, k_max=4, p=1.0, skip_ratio=0.5), 0, frozenset({"select_bias"})
+)  # experts that are skipped make room for others
 @given(routings(), st.integers(0, 10**6), OPERANDS)
 def test_routing(routing: Routing, seed: int, operands: frozenset[str]) -> None:
     inputs = make_inputs(routing, seed, operands)
