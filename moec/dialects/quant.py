@@ -9,7 +9,6 @@ is the number of groups of a row.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -84,20 +83,20 @@ SCALE_TYPES = (DType.F32, DType.F16, DType.BF16)
 
 
 @dataclass(frozen=True, slots=True)
-class Format(ABC):
+class Format:
     """What the codes of a packed matrix mean. The concrete formats are its subclasses."""
 
-    @abstractmethod
     def row_bytes(self, columns: int) -> int:
         """Bytes of the codes of one row; 0 where the codes of all rows are one stream."""
+        raise NotImplementedError
 
-    @abstractmethod
     def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """The shape of the operand `scales`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def problem(self, columns: int) -> str | None:
         """The first rule that the format breaks for rows of `columns` weights, in words; None where all hold."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
