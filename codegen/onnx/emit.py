@@ -19,6 +19,7 @@ from moec.codegen.onnx.external_data import Placement, StoredTensor, hard_link, 
 from moec.codegen.onnx.fallback_function import fallback_function
 from moec.codegen.onnx.graph import ONNX_DTYPES, GraphBuilder
 from moec.codegen.onnx.lower_moe import LayerLowering
+from moec.codegen.onnx.packed.bands import with_products_of_bands
 from moec.codegen.onnx.registry import emit_block
 from moec.codegen.onnx.session_file import PREPACKED_FOLDER, SessionFacts, save_prepacked, write_session_file
 from moec.codegen.onnx.targets import Target
@@ -97,6 +98,7 @@ def emit_onnx(
     Raises UnsupportedModelError for an operation without ONNX form or a weight that float16 cannot hold, ResourceError
     where the files cannot be written.
     """
+    module = with_products_of_bands(module)
     profile = target.profile
     builder = GraphBuilder(profile.opset)
     tokens = _EXPECTED_TOKENS[optimize_for]

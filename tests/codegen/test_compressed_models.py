@@ -65,6 +65,20 @@ def test_compressed_model(demo: Module, pipeline: str, tmp_path: Path) -> None:
         assert report.weight_bytes != model_size(demo).bytes
 
 
+@pytest.mark.parametrize("target", list(Target))
+def test_bands_of_neurons_in_unlike_bits(demo: Module, target: Target, tmp_path: Path) -> None:
+    """Matrices joined of packed ones: the products of their bands, whose bytes are stored once."""
+    module = copy_of(demo)
+    run_passes(module, "allocate-bits{unit=micro bits=8,4,2 group=16},quantize{planned group=16},canonicalize,cse,dce")
+    before = module.print()
+    expected, feeds, kept = logits(module)
+    report = emit_onnx(module, tmp_path, target=target)
+    found = next(iter(run(load(tmp_path), feeds).values()))
+    assert np.abs(found - expected)[kept].max() <= 1e-5 * np.abs(expected[kept]).max()
+    assert model_size(module).bytes <= report.weight_bytes <= model_size(module).bytes + 64
+    assert module.print() == before
+
+
 def test_compressed_model_in_float16(demo: Module, tmp_path: Path) -> None:
     """Half of the bytes of every matrix; vectors stay float32."""
     module = copy_of(demo)
