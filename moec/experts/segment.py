@@ -74,6 +74,8 @@ def segmenting_problem(route: RouteOp) -> str:
     routing: Routing = route.routing
     if routing.select in (Select.TOPP, Select.ENTROPY, Select.FORCED, Select.SPARSEMIXER):
         return f"its router selects by {routing.select.value}, which may take some parts of an expert alone"
+    if routing.skip_ratio and routing.score is Score.IDENTITY:
+        return "its router skips experts far below the best score, which may be negative, and so parts of the best one"
     if routing.limits_groups and routing.group_score is GroupScore.SUM_TOP2:
         return "its router rates groups by their two best experts"
     if route.logit_bias is not None and routing.bias_unit is not BiasUnit.ABS:

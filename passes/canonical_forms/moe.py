@@ -65,9 +65,10 @@ def select_all(op: RouteOp, rewriter: Rewriter) -> bool:
     experts = op.experts
     if routing.select is Select.PER_GROUP_TOPK and routing.groups == 1:
         routing = replace(routing, select=Select.TOPK)
-    if routing.select is Select.TOPP and routing.p >= 1 and not routing.skip_ratio and not _leaves_out(op):
-        # in exact arithmetic the scores before an expert never sum up to 1, as its own is not zero; experts that are
-        # skipped make room for later ones among those of topp, and not among the best k
+    every = routing.select is Select.TOPP and routing.p >= 1 and routing.take_crossing
+    if every and not routing.skip_ratio and not _leaves_out(op):
+        # in exact arithmetic the scores before an expert never sum up to 1, as its own is not zero; those up to the
+        # last do, and may come out above. Experts that are skipped make room in topp, and none among the best k
         routing = replace(routing, select=Select.TOPK, k=routing.slots(experts), p=0.0, k_min=1, k_max=0)
     whole = routing.k == experts and not routing.rank_offset and not routing.limits_groups
     if routing.select is Select.TOPK and whole and routing.k_max in (0, experts):
