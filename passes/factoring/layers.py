@@ -23,6 +23,7 @@ def factor_layers(op: Operation, context: PassContext, pass_name: str, factor: C
     for unreadable in find_unreadable(op):
         context.refuse(unreadable.op, unreadable.reason, pass_name)
     for layer in find_moe_layers(op):
+        context.require_weights()  # asked for before statistics, which text alone cannot have either
         try:
             factor(layer)
         except UnreadableExpertError as error:
