@@ -67,10 +67,13 @@ def replace_routing(layer: MoeLayer, routing: Routing) -> MoeLayer:
     problem = routing.problem(layer.outputs)
     if problem is not None:
         raise EditError(f"this router cannot choose so: {problem}", where=layer.name)
-    old = layer.route
-    route = route_with(old, routing)
+    return put_route(layer, route_with(layer.route, routing))
+
+
+def put_route(layer: MoeLayer, route: RouteOp) -> MoeLayer:
+    """Lets the experts of a layer follow `route`, which is not in a block yet, instead of the layer's own."""
+    old, before = layer.route, layer.experts
     route.insert_before(old)
-    before = layer.experts
     experts = ExpertsOp(
         before.x,
         route.ids,

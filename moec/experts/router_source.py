@@ -10,11 +10,9 @@ import torch
 from moec.dialects import aten
 from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import ConstantOp, WeightOp
-from moec.dialects.moe import ExpertsOp
 from moec.experts.edit import EditError
 from moec.experts.layer import MoeLayer
 from moec.experts.parts import (
-    copy_region,
     erase_unused,
     new_weight,
     route_with,
@@ -22,6 +20,7 @@ from moec.experts.parts import (
     store_tensor,
     tensor_of,
 )
+from moec.experts.router_edit import put_route
 from moec.ir import Operation, TensorType, Value
 from moec.weights.context import WeightContext
 
@@ -143,7 +142,7 @@ def follow_router(layer: MoeLayer, leader: MoeLayer) -> MoeLayer:
     """
     if layer.router is leader.router:
         return layer
-    old, before = layer.route, layer.experts
+    old = layer.route
     if tensor_of(leader.route.logits) != tensor_of(old.logits):
         raise EditError(
             f"logits {tensor_of(leader.route.logits)} of {leader.name} do not fit a route that reads "
@@ -151,23 +150,7 @@ def follow_router(layer: MoeLayer, leader: MoeLayer) -> MoeLayer:
             where=layer.name,
         )
     route = route_with(old, old.routing)
-    route.insert_before(old)
     route.set_operand(0, leader.route.logits)
-    experts = ExpertsOp(
-        before.x,
-        route.ids,
-        route.gates,
-        before.weights,
-        regions=[copy_region(region) for region in before.regions],
-        stored=before.stored,
-        classes=before.classes,
-        protected=before.protected,
-        location=before.location,
-    )
-    experts.insert_before(before)
-    before.y.replace_all_uses_with(experts.y)
-    old.count.replace_all_uses_with(route.count)
-    erase_unused(before)
-    erase_unused(old)
-    settle_names(experts)
-    return replace(layer, route=route, experts=experts, router=leader.router)
+    followed = put_route(layer, route)
+    settle_names(followed.experts)
+    return replace(followed, router=leader.router)
