@@ -27,21 +27,19 @@ from moec.experts.expert import (
     Dense,
     Expert,
     FeedForward,
-    Loaded,
     LowRank,
     PartlyLowRank,
     Projection,
     Quantized,
-    View,
     kernel_frame,
     operation_key,
 )
 from moec.experts.layer import MoeLayer
+from moec.experts.origin import Given, loaded_from
 from moec.ir import Block, DimExpr, Operation, TensorType, Value
 from moec.quantization.packed import OPERANDS, Packed
 from moec.reference.kernels import prepare
 from moec.weights.context import WeightContext
-from moec.weights.expression_parser import parse_expression
 
 _PRODUCTS = frozenset({"aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default"})
 _COLUMNS = frozenset({"aten.slice.Tensor", "aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default"})
@@ -94,16 +92,9 @@ def load_body(
         tensor = weights.load(weight.source, row)
         # parts of packed matrices keep the types that they are stored in
         is_part = any(isinstance(user, DequantOp) for user in argument.users)
-        given.append(_Given(tensor if is_part else tensor.to(dtype), weight, row))
+        given.append(Given(tensor if is_part else tensor.to(dtype), weight, row))
     first_shared = len(block.arguments) - shared
     return _Reader(name, block, given, frozenset(block.arguments[first_shared:]), dtype).expert()
-
-
-@dataclass(frozen=True)
-class _Given:
-    tensor: torch.Tensor
-    op: WeightOp
-    row: int | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ class _Projected:
 
 class _Reader:
     def __init__(
-        self, name: str, block: Block, given: list[_Given], shared: frozenset[Value], dtype: torch.dtype
+        self, name: str, block: Block, given: list[Given], shared: frozenset[Value], dtype: torch.dtype
     ) -> None:
         self._name = name
         self._block = block
@@ -140,7 +131,7 @@ class _Reader:
         result = self._block.terminator.operands[0]
         if result in self._weights:
             value = self._weights[result].reshape(-1).clone()
-            return Constant(value, self._loaded([value]))
+            return Constant(value, loaded_from([value], self._given))
         found = self._projected.get(result)
         if found is None:
             raise self._refusal("its result is no projection")
@@ -149,10 +140,10 @@ class _Reader:
             bias = found.projection.bias
             if not isinstance(matrix, LowRank) or matrix.base is not None or bias is None:
                 raise self._refusal("it is one linear map")
-            return Affine(matrix.left, matrix.right, bias, self._loaded([matrix.left, matrix.right, bias]))
+            return Affine(matrix.left, matrix.right, bias, loaded_from([matrix.left, matrix.right, bias], self._given))
         activation, gate, up = self._activation(found.rows)
         tensors = [tensor for item in (gate, up, found.projection) if item is not None for tensor in _tensors(item)]
-        return FeedForward(activation, gate, up, found.projection, self._loaded(tensors))
+        return FeedForward(activation, gate, up, found.projection, loaded_from(tensors, self._given))
 
     def _follow(self, op: Operation) -> None:
         if isinstance(op, ConstantOp):
@@ -375,19 +366,6 @@ class _Reader:
         block.append(YieldOp([mapping[hidden]], result_types=[]))
         return Activation(len(leaves) == 2, (*key, names[hidden]), block)
 
-    # -- origin --------------------
-
-    def _loaded(self, tensors: list[torch.Tensor]) -> tuple[Loaded, ...]:
-        found = []
-        for tensor in tensors:
-            for item in self._given:
-                if tensor.untyped_storage().data_ptr() == item.tensor.untyped_storage().data_ptr():
-                    view = _view_of(tensor, item.tensor)
-                    if view is not None:
-                        stack = parse_expression(item.op.source)
-                        found.append(Loaded(tensor, tensor._version, stack, item.row, view))
-        return tuple(found)
-
     def _refusal(self, reason: str) -> UnreadableExpertError:
         return UnreadableExpertError(
             f"the experts of this layer cannot be taken apart: {reason}",
@@ -426,27 +404,3 @@ def _columns_of(value: Value) -> object:
 
 def _is_number(value: Value) -> bool:
     return isinstance(value.defining_op, ConstantOp)
-
-
-def _view_of(tensor: torch.Tensor, base: torch.Tensor) -> View | None:
-    """`tensor` as a part of the contiguous `base`; None where it is none that a view can say."""
-    if tensor.dim() != base.dim() or not 1 <= base.dim() <= 2 or not base.is_contiguous() or not tensor.numel():
-        return None
-    offset = int(tensor.storage_offset() - base.storage_offset())
-    candidates = [False] if base.dim() == 1 else [False, True]
-    for transposed in candidates:
-        part = tensor.T if transposed else tensor
-        strides = base.stride()
-        starts, stops, steps, rest = [], [], [], offset
-        for size, own, stride in zip(part.shape, part.stride(), strides, strict=True):
-            start, rest = divmod(rest, int(stride))
-            step = max(int(own) // int(stride), 1)
-            starts.append(start)
-            stops.append(start + (size - 1) * step + 1)
-            steps.append(step)
-        view = View(tuple(starts), tuple(stops), tuple(steps), transposed)
-        seen = base[tuple(slice(*cut) for cut in zip(starts, stops, steps, strict=True))]
-        seen = seen.T if transposed else seen
-        if seen.shape == tensor.shape and seen.stride() == tensor.stride() and seen.data_ptr() == tensor.data_ptr():
-            return view
-    return None
