@@ -21,15 +21,25 @@ import torch
 
 import moec
 from moec.artifact.options import RAISING_PIPELINE
+from moec.calibration.sample import spread_rows
 from moec.dialects import aten
 from moec.dialects.builtin import ModuleOp
 from moec.errors import MoecError
-from moec.experts import FeedForward, MoeLayer, find_dense_layers, find_moe_layers, load_dense, load_expert
+from moec.experts import (
+    FeedForward,
+    MoeLayer,
+    find_dense_layers,
+    find_moe_layers,
+    load_dense,
+    load_expert,
+    replace_routing,
+)
 from moec.experts.parts import new_weight, store_tensor, tensor_of
 from moec.experts.router_source import feed_router
 from moec.frontend.huggingface import load_huggingface
 from moec.ir import TensorType, Value
 from moec.module import Module
+from moec.passes.router_init.solutions import expert_importance
 from moec.weights.store import WeightStore
 from tests.quality import harness
 
@@ -40,6 +50,8 @@ SEEDS = (0, 1, 2)
 EXPERTS = 8
 ACTIVE = (8, 6, 4, 2)
 LENGTH = 64
+ORACLE_ROWS = 2048
+"""Rows that the output scale of the oracle's choice is found on."""
 
 PARTITIONS = {
     "contiguous": "partition=contiguous",
@@ -112,8 +124,11 @@ def _loss(setting: Setting, k: int, source: Source) -> float:
 def routed_to(setting: Setting, k: int, source: Source = TINY) -> Module:
     """The model with k experts for each token, the caller's own."""
     module = _copy(_routed(setting, source))
-    scale = "scale=calibrated" if setting.calibrated_scale else ""
-    moec.run_passes(module, f"set-routing{{k={k} {scale}}}", seed=setting.seed)
+    by_pass = setting.calibrated_scale and setting.router != ORACLE
+    moec.run_passes(module, f"set-routing{{k={k} {'scale=calibrated' if by_pass else ''}}}", seed=setting.seed)
+    if setting.calibrated_scale and not by_pass:
+        for layer in find_moe_layers(module.op):
+            replace_routing(layer, dataclasses.replace(layer.route.routing, scale=_oracle_scale(layer, k, module)))
     return module
 
 
@@ -139,9 +154,7 @@ def _routed(setting: Setting, source: Source) -> Module:
 
 def _route_by_activity(layer: MoeLayer, module: Module) -> None:
     """Lets the router compute all neurons, and rank experts by the sum over their neurons of |phi_i| ||D_i||."""
-    experts = [load_expert(layer, module.weights, number) for number in range(layer.expert_count)]
-    blocks = [expert for expert in experts if isinstance(expert, FeedForward) and expert.gate is not None]
-    assert len(blocks) == len(experts)
+    blocks = _gated_experts(layer, module)
     router = layer.router
     rows = router.tensor("input")
     tokens = tensor_of(rows).shape[:-1]
@@ -164,12 +177,33 @@ def _route_by_activity(layer: MoeLayer, module: Module) -> None:
     feed_router(layer, module.weights, append("abs.default", {"self": hidden}, width), sums)
 
 
+def _oracle_scale(layer: MoeLayer, k: int, module: Module) -> float:
+    """What set-routing{scale=calibrated} would find: the rows that this router reads are too wide to be kept."""
+    assert module.calibration is not None
+    blocks, sample = _gated_experts(layer, module), module.calibration.sample(layer)
+    sample = sample.subset(spread_rows(len(sample), ORACLE_ROWS))
+    product, energy = 0.0, 0.0
+    for x, wanted in zip(sample.x.float().split(1024), sample.y.double().split(1024), strict=True):
+        chosen = torch.zeros(len(x), len(blocks)).scatter_(1, expert_importance(blocks, x).topk(k).indices, 1.0)
+        parts = [block.hidden_activations(x) @ block.down.dense().T for block in blocks]
+        y = torch.einsum("ne,enh->nh", chosen, torch.stack(parts)).double()
+        product, energy = product + float((y * wanted).sum()), energy + float(y.square().sum())
+    return product / energy
+
+
+def _gated_experts(layer: MoeLayer, module: Module) -> list[FeedForward]:
+    experts = [load_expert(layer, module.weights, number) for number in range(layer.expert_count)]
+    blocks = [expert for expert in experts if isinstance(expert, FeedForward) and expert.gate is not None]
+    assert len(blocks) == len(experts)
+    return blocks
+
+
 @functools.cache
 def _calibrated(source: Source, seed: int) -> Module:
     module = _copy(_raised(source))
     texts = ",".join(map(str, CALIBRATION))
-    options = f"text={texts} sequences={source.calibration} length={LENGTH} gradients={str(source.gradients).lower()}"
-    moec.run_passes(module, f"calibrate{{{options}}}", seed=seed)
+    read = f"text={texts} sequences={source.calibration} length={LENGTH} reservoir={source.calibration * LENGTH}"
+    moec.run_passes(module, f"calibrate{{{read} gradients={str(source.gradients).lower()}}}", seed=seed)
     return module
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from moec.artifact.text import TextCodec
 from tests.quality import harness
-from tests.quality.corpus import SLICES, slice_path, training_text
+from tests.quality.corpus import DATA, SLICES, slice_path, training_text
 
 
 @pytest.mark.parametrize(("name", "expected"), [("scratch", 1.588), ("upcycled", 1.531)])
@@ -33,6 +35,19 @@ def test_no_passage_is_in_two_slices_or_in_the_training_text() -> None:
         others = trained.union(*(found for other, found in passages.items() if other != name))
         shared = own & others
         assert len(shared) <= 0.01 * len(own), sorted(shared)[:3]
+
+
+def test_no_held_out_line_is_in_text_that_is_learned_from() -> None:
+    """Of the texts that dense models become experts on: calibration and tuning, fine-tuning, measuring."""
+    for name in ("kjv", "shakespeare"):
+        learned = (harness.CALIBRATION_TEXTS / f"{name}.calibration.txt", DATA / f"{name}.training.txt")
+        kept = _long_lines(harness.EXAMPLE_TEXTS / f"{name}.heldout.txt")
+        assert len(kept) > 400
+        assert kept.isdisjoint(set[str]().union(*(_long_lines(path) for path in learned)))
+
+
+def _long_lines(path: Path) -> set[str]:
+    return {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if len(line.strip()) >= 40}
 
 
 def _passages(text: str) -> set[str]:
