@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moec import interruption
 from moec.errors import UsageError
 
 MANIFEST_NAME = "moec.json"
@@ -32,24 +33,30 @@ def atomic_folder(destination: Path, *, replace: bool = False) -> Iterator[Path]
     _require_free(destination, replace)
     if not parent.is_dir():
         raise UsageError("the folder to write into does not exist", where=str(parent), hint="create it first")
-    with _locked(parent):
-        _remove_stale(destination)
-        temporary = Path(tempfile.mkdtemp(prefix=_prefix(destination), dir=parent))
-        lock = os.open(temporary, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    temporary: Path | None = None
     try:
+        with _locked(parent):
+            _remove_stale(destination)
+            with interruption.held():
+                temporary = Path(tempfile.mkdtemp(prefix=_prefix(destination), dir=parent))
+                lock = os.open(temporary, os.O_RDONLY)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         # mkdtemp makes a private folder; the result gets the permissions that any new folder of this user gets.
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         _flush(temporary)
         with _locked(parent):
-            _require_free(destination, replace)
-            _move_into_place(temporary, destination)
+            interruption.heed()
+            with interruption.held():
+                _require_free(destination, replace)
+                _move_into_place(temporary, destination)
         _flush_folder(parent)
     finally:
-        # After the rename there is nothing of this name left; after a failure there is.
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
+        if temporary is not None:
+            with interruption.held():
+                # After the rename there is nothing of this name left; after a failure there is.
+                shutil.rmtree(temporary, ignore_errors=True)
+                os.close(lock)
 
 
 def _require_free(destination: Path, replace: bool) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from types import FrameType
 from typing import Annotated
 
 import typer
 
-from moec import __version__
+from moec import __version__, interruption
 from moec.cli.bench import bench
 from moec.cli.compile import compile_command
 from moec.cli.eval import evaluate
@@ -88,49 +86,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = line[: line.index("--")] if "--" in line else line
     debug = "--debug" in options
     line = [word for word in options if word != "--debug"] + line[len(options) :]
-    signal.signal(signal.SIGTERM, _interrupt)
     if not debug:
         # torch warns its own developers from deep inside an export; users can do nothing about it.
         warnings.simplefilter("ignore", FutureWarning)
-    try:
-        code = _run(line, debug)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The parser handles a reader that went away earlier in the same way. Python flushes once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED
+    with interruption.watched():
+        try:
+            code = _run(line, debug)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            code = _interrupted()
+        except BrokenPipeError:
+            # The parser handles a reader that went away earlier in the same way. Python flushes once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = EXIT_FAILED
     sys.exit(code)
 
 
 def _run(line: list[str], debug: bool) -> int:
     try:
         result = app(args=line, prog_name="moec", standalone_mode=False)
-        if result == EXIT_INTERRUPTED:  # what typer makes of a KeyboardInterrupt
-            print("moec: interrupted; nothing half-written was left", file=sys.stderr)
-        return result if isinstance(result, int) else 0
-    except MoecError as error:
+    except Exception as error:
+        # Code between may have made another exception of the one that an interrupt raised.
+        return _interrupted() if interruption.requested() else _explain(error, debug)
+    if result == EXIT_INTERRUPTED or interruption.requested():  # the first is what typer makes of a KeyboardInterrupt
+        return _interrupted()
+    return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    print("moec: interrupted; nothing half-written was left", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    """Prints what went wrong, inside the handler of `error`; returns the exit code."""
+    if isinstance(error, MoecError):
         return _report(f"error: {error}", error.exit_code, debug)
-    except MemoryError as error:
+    if isinstance(error, MemoryError):
         return _report(
             f"error: the machine has no memory left ({error or 'allocation failed'}).", EXIT_RESOURCES, debug
         )
-    except OSError as error:
+    if isinstance(error, OSError):
         cause = _EXHAUSTED.get(error.errno or 0)
         if cause is None:
             return _report(f"error: {error}.", EXIT_FAILED, debug)
         where = f" Where: {error.filename}." if error.filename else ""
         return _report(f"error: {cause}.{where}", EXIT_RESOURCES, debug)
-    except Exception as error:
-        # The command-line parser's own errors print themselves; its classes are private to typer.
-        show = getattr(error, "show", None)
-        if callable(show):
-            show()
-            return int(getattr(error, "exit_code", EXIT_FAILED))
-        if "DefaultCPUAllocator" in str(error):
-            return _report("error: the machine has no memory left for a tensor.", EXIT_RESOURCES, debug)
-        name = type(error).__name__
-        hint = "" if debug else " This is a defect of moec or of a plug-in; --debug shows the traceback."
-        return _report(f"error: {name}: {error}.{hint}", EXIT_FAILED, debug)
+    # The command-line parser's own errors print themselves; its classes are private to typer.
+    show = getattr(error, "show", None)
+    if callable(show):
+        show()
+        return int(getattr(error, "exit_code", EXIT_FAILED))
+    if "DefaultCPUAllocator" in str(error):
+        return _report("error: the machine has no memory left for a tensor.", EXIT_RESOURCES, debug)
+    name = type(error).__name__
+    hint = "" if debug else " This is a defect of moec or of a plug-in; --debug shows the traceback."
+    return _report(f"error: {name}: {error}.{hint}", EXIT_FAILED, debug)
 
 
 def _report(text: str, code: int, debug: bool) -> int:
@@ -138,8 +149,3 @@ def _report(text: str, code: int, debug: bool) -> int:
         traceback.print_exc()
     print(f"moec: {text}", file=sys.stderr)
     return code
-
-
-def _interrupt(signal_number: int, frame: FrameType | None) -> None:
-    """Makes a polite request to end the process run the same clean-up as Ctrl-C."""
-    raise KeyboardInterrupt

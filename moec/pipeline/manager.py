@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moec import interruption
 from moec.errors import MoecError, VerificationError
 from moec.ir.operation import Operation
 from moec.ir.printer import print_operation
@@ -168,6 +169,7 @@ class PassManager:
         index = 0
         for step in self.pipeline.passes:
             for op in _targets(root, step.anchor):
+                interruption.heed()
                 context = PassContext(weights, module, seed, calibration_file)
                 context.statistics = {statistic.name: 0 for statistic in step.instance.statistic_list()}
                 execution = PassExecution(step.instance, root, op, context, index)
