@@ -66,16 +66,19 @@ class RouterKind(Enum):
     TOKEN_TABLE = "token-table"  # logits of each token of the vocabulary: hidden states decide nothing (pre-gate)
 
 
+_BIAS_OF_CHOICE = (RouterKind.RANDOM, RouterKind.FROZEN_RANDOM, RouterKind.GROUP, RouterKind.LEAST_SQUARES)
+
+
 @register_pass("init-router")
 @dataclass(frozen=True)
 class InitRouter(Pass):
     """Gives every router weights that rank experts, without training: in closed form, by chance, or from texts.
 
     1. What expert e gives to row x is the sum over its neurons of |phi_i(x)| ||D_i||, or the length of its output where
-       it is heads of attention. `least-squares` fits a linear map
-       with a bias to that on the calibration sample; it needs 32 rows for each of its hidden size + 1 unknowns to be
-       reliable, and says where there are fewer. `activation-centroid` sends a row to the nearest of the experts' mean
-       rows, exactly: its bias is -||c||^2 / 2.
+       it is heads of attention. `least-squares` fits a linear map with a bias to that on the calibration sample; it
+       needs 32 rows for each of its hidden size + 1 unknowns to be reliable, and says where there are fewer.
+       `bias=false` fits one through the origin, such as the routers of Mixtral are. `activation-centroid` sends a row
+       to the nearest of the experts' mean rows, exactly: its bias is -||c||^2 / 2.
     2. `random`, `frozen-random`, `group`, `weight-centroid` and `hidden-layer` need no calibration. A bias goes into
        the choice, and has no influence on gates where they are one.
     3. `representative-neuron`, `hidden-layer` and `token-table` compute E features in front of the router, which
@@ -107,7 +110,7 @@ class InitRouter(Pass):
     prompts: Path | None = option("prompts: the file", None)
     mode: PromptMode = option("prompts: what stands for a prompt", PromptMode.HIDDEN)
     prior: float = option("token-table: rows that the map of token embeddings counts as", 4.0)
-    bias: bool = option("random, frozen-random and group: with a bias, of zeros", False)
+    bias: bool | None = option("with a bias; only least-squares has one unless told otherwise, others get zeros", None)
     common: bool = option("token-table: one table for all layers", False)
 
     def __post_init__(self) -> None:
@@ -117,8 +120,8 @@ class InitRouter(Pass):
             raise ValueError("shards and active must be at least 1")
         if (self.prompts is None) == (self.kind is RouterKind.PROMPTS):
             raise ValueError("prompts names a file for kind=prompts")
-        if self.bias and self.kind not in (RouterKind.RANDOM, RouterKind.FROZEN_RANDOM, RouterKind.GROUP):
-            raise ValueError("bias is for random routers; least-squares and activation-centroid have one")
+        if self.bias is not None and self.kind not in _BIAS_OF_CHOICE:
+            raise ValueError(f"kind={self.kind.value} leaves no choice of a bias")
         if self.common and self.kind is not RouterKind.TOKEN_TABLE:
             raise ValueError("common is for kind=token-table")
 
@@ -171,8 +174,9 @@ class InitRouter(Pass):
         importance = _importance(layer, sample.x, context)
         if self.kind is RouterKind.ACTIVATION_CENTROID:
             return row_centroids(sample.router_input, importance)
-        self._require_rows(layer, len(sample), width + 1, context)
-        return least_squares(sample.router_input, importance, self.ridge)
+        self._require_rows(layer, len(sample), width + (self.bias is not False), context)
+        weight, bias = least_squares(sample.router_input, importance, self.ridge, bias=self.bias is not False)
+        return weight, None if self.bias is False else bias
 
     def _require_rows(self, layer: MoeLayer, rows: int, unknowns: int, context: PassContext) -> None:
         needed = _ROWS_PER_UNKNOWN * unknowns

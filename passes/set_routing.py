@@ -71,7 +71,11 @@ class SetRouting(Pass):
        sample, where y is the layer's output when it was calibrated and y' what it gives with these choices. It makes up
        for what the experts that are left out would give, and is 1 where none is. It belongs behind a calibration of the
        model as it was before, such as `factorize,calibrate,init-router,set-routing{k=2 scale=calibrated}`.
-    4. `scope=sequence` gives all tokens of a sequence the same experts. A decoder chooses before it knows the sequence,
+    4. `spread` divides logits so that their standard deviation over the calibration sample is this number. Experts of a
+       dense block give nearest to what it gave with equal gates, and the softmax of logits of a small spread nearly is
+       that, in a form that Mixtral and its like have: `combine=softmax spread=0.004`. Where a token gets all experts,
+       gates are one instead, and the layer computes what the block did.
+    5. `scope=sequence` gives all tokens of a sequence the same experts. A decoder chooses before it knows the sequence,
        so only encoders can have it. `scope=model` lets all layers choose by the logits of the first one.
     """
 
@@ -89,6 +93,7 @@ class SetRouting(Pass):
     threshold: float = option("threshold: the score to exceed", 0.0)
     combine: Combine = option("what gates are", Combine.KEEP)
     u: float = option("combine=one-plus: the weight of the score", 0.0)
+    spread: float = option("combine=softmax: standard deviation of the logits; 0 leaves them as they are", 0.0)
     scale: Scale = option("what the sum is multiplied with", Scale.KEEP)
     factor: float = option("the factor of scale=constant", 1.0)
     scope: Scope = option("what shares one choice", Scope.TOKEN)
@@ -110,6 +115,8 @@ class SetRouting(Pass):
             raise ValueError("factor must be a positive number")
         if self.u and self.combine is not Combine.ONE_PLUS:
             raise ValueError("u is for combine=one-plus")
+        if self.spread < 0 or (self.spread and self.combine is not Combine.SOFTMAX):
+            raise ValueError("spread is for combine=softmax, and not negative")
 
     def run(self, op: Operation, context: PassContext) -> None:
         layers = find_moe_layers(op)
@@ -119,6 +126,8 @@ class SetRouting(Pass):
             layers = self._by_model(layers, context)
         for layer in layers:
             routing = self._combined(self._selected(layer, context))
+            if self.spread:
+                routing = _with_spread(routing, layer, context.require_calibration().sample(layer), self.spread)
             layer = replace_routing(layer, routing)
             if self.scale is Scale.CALIBRATED:
                 factor = _best_scale(layer, context.require_calibration().sample(layer))
@@ -242,6 +251,16 @@ def _scale_of(layer: MoeLayer) -> float:
 
 def _scaled(routing: Routing, factor: float) -> Routing:
     return replace(routing, scale=routing.scale * factor, offset=routing.offset * factor)
+
+
+def _with_spread(routing: Routing, layer: MoeLayer, sample: LayerSample, spread: float) -> Routing:
+    """Gates from logits of a standard deviation on the sample, or gates of one where all experts are chosen."""
+    if routing.select is Select.ALL or routing.k == layer.outputs:
+        return replace(routing, weight_from=WeightFrom.ONE)
+    logits = sample.route(layer).logits.double()
+    # what the logits of a row have in common changes no softmax
+    deviation = float((logits - logits.mean(1, keepdim=True)).std())
+    return replace(routing, temperature=deviation / spread) if deviation > 0 else routing
 
 
 def _best_scale(layer: MoeLayer, sample: LayerSample) -> float:

@@ -19,8 +19,8 @@ from moec.codegen.huggingface.experts import WIDTH_STEP, Change
 from moec.codegen.huggingface.fields import Values
 from moec.codegen.huggingface.routing import canonical_routing
 from moec.dialects import aten
-from moec.dialects.builtin import ModuleOp
-from moec.dialects.moe import ExpertsOp, Routing, Select, WeightFrom
+from moec.dialects.builtin import ModuleOp, WeightOp
+from moec.dialects.moe import ExpertsOp, RouteOp, Routing, Score, Select, WeightFrom
 from moec.dialects.nn import MLPOp
 from moec.errors import MoecError, UnsupportedModelError
 from moec.experts import (
@@ -122,8 +122,9 @@ def _normalise(layer: MoeLayer, weights: WeightContext) -> None:
                 f"its {routing.k} chosen experts of {count} count in full; architectures of transformers with experts "
                 "weigh them by their scores",
                 where=layer.name,
-                hint=f"the nearest that they say is set-routing{{combine=softmax scale=constant factor={routing.k}}} "
-                f"(scale=calibrated finds a better factor), or all experts, k={count}; or {_ONNX}",
+                hint="the nearest that they say, with nearly equal gates, is set-routing{combine=softmax spread=0.004 "
+                f"scale=calibrated}} behind init-router{{bias=false}}, as the recipe best has it, or all experts, "
+                f"k={count}; or {_ONNX}",
             )
         # all of them are chosen: equal logits give each one k-th, and the factor undoes that
         width = static_shape_of(layer.router.tensor("weight"))[1]
@@ -135,8 +136,10 @@ def _normalise(layer: MoeLayer, weights: WeightContext) -> None:
         raise UnsupportedModelError(
             "its router has a bias, and the routers of Mixtral, Qwen2-MoE and Qwen3-MoE have none",
             where=layer.name,
-            hint=f"init-router{{kind=weight-centroid}} or train-router without a bias give one that fits; or {_ONNX}",
+            hint=f"init-router{{bias=false}} fits one without, which chooses about as well; or {_ONNX}",
         )
+    if routing.temperature != 1.0 and _is_plain_softmax(layer.route):
+        layer = _with_unit_temperature(layer, weights)
     canonical = canonical_routing(layer.route)
     plain = Routing(
         select=Select.ALL if canonical.select is Select.ALL else Select.TOPK,
@@ -150,6 +153,28 @@ def _normalise(layer: MoeLayer, weights: WeightContext) -> None:
             where=layer.name,
             hint=f"set-routing{{combine=softmax}} with a number of experts k is expressible; or {_ONNX}",
         )
+
+
+def _is_plain_softmax(route: RouteOp) -> bool:
+    """Whether a factor of the router's weight is all that a temperature is, and what its rows share does nothing."""
+    routing = route.routing
+    softmax = routing.score is Score.SOFTMAX and routing.weight_from in (WeightFrom.SCORE, WeightFrom.SOFTMAX_SELECTED)
+    return softmax and not routing.softcap and route.logit_bias is None and route.logits.has_one_use
+
+
+def _with_unit_temperature(layer: MoeLayer, weights: WeightContext) -> MoeLayer:
+    """Its temperature in the weight of the router.
+
+    What all rows of the weight have in common is left out: it changes no softmax, and narrow numbers hold the rest
+    better.
+    """
+    routing = layer.route.routing
+    op = layer.router.tensor("weight").defining_op
+    assert isinstance(op, WeightOp)
+    weight = weights.load(op.source).double()
+    weight = (weight - weight.mean(0)) / routing.temperature
+    layer = replace_router(layer, weights, weight.float())
+    return replace_routing(layer, replace(routing, temperature=1.0))
 
 
 def _told(found: Routing, plain: Routing) -> str:

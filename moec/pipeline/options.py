@@ -114,7 +114,7 @@ def suggestion(name: str, known: Iterable[str], what: str) -> str:
 
 def _parse(option: PassOption, text: str | None, spec: PassSpec) -> Any:
     if text is None:
-        if option.kind is bool:
+        if option.kind is bool or bool in get_args(option.kind):
             return True
         raise PipelineError(
             f"pass {spec.name}: option {option.name} needs a value", where=str(spec), hint=f"a {option.kind_text}"

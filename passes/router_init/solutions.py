@@ -27,13 +27,17 @@ def expert_importance(experts: Sequence[FeedForward], rows: torch.Tensor) -> tor
     return torch.stack(columns, dim=1)
 
 
-def least_squares(rows: torch.Tensor, target: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+def least_squares(
+    rows: torch.Tensor, target: torch.Tensor, ridge: float, *, bias: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight [E, H] and bias [E], float64, of the linear map of `rows` [n, H] nearest to `target` [n, E].
 
-    min ||X W^T + b - Y||^2 + ridge tr(X^T X) / H ||W||^2; the bias is not damped.
+    min ||X W^T + b - Y||^2 + ridge tr(X^T X) / H ||W||^2; the bias is not damped, and zero where there is to be none.
     """
     x, y = rows.double(), target.double()
     mean_x, mean_y = x.mean(0), y.mean(0)
+    if not bias:
+        mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
     x, y = x - mean_x, y - mean_y
     gram = x.T @ x
     damping = ridge * float(gram.diagonal().mean())

@@ -14,9 +14,11 @@ from moec.artifact.options import CheckpointOptions
 from moec.artifact.tokens import function_inputs, token_batch
 from moec.codegen.huggingface.emit import HuggingFaceReport, emit_huggingface
 from moec.errors import UnsupportedModelError
+from moec.frontend.model_kind import ModelKind
 from moec.module import Module
+from moec.pipeline.recipes import find_recipe
 from moec.reference.executor import Executor
-from tests.experts.models import copy_of, difference, raised_model
+from tests.experts.models import calibrate_text, copy_of, difference, output, raised_model
 
 ROUTER = "init-router{kind=random deviation=0.5}"
 
@@ -80,6 +82,19 @@ def test_experts_of_a_dense_model_are_those_of_an_architecture_with_experts(
     assert error_of(module, tmp_path) < 1e-5
 
 
+@pytest.mark.parametrize("k", [2, 4])
+def test_the_best_recipe_is_a_mixtral(k: int, llama: Module, tmp_path: Path) -> None:
+    recipe = find_recipe("best", ModelKind.DENSE)
+    given = {"experts": "4", "k": str(k), "sequences": "16", "length": "32"}
+    text = calibrate_text(tmp_path, rows=16).partition("{")[2].partition(" sequences")[0]
+    pipeline = recipe.text(settings=given).replace("calibrate{", f"calibrate{{{text} ")
+    module, report, config = written(llama, pipeline, tmp_path / "out")
+    assert config["model_type"] == "mixtral" and config["num_experts_per_tok"] == k and not report.changes
+    assert error_of(module, tmp_path / "out") < 1e-5
+    if k == 4:
+        assert difference(output(llama), output(module)) < 1e-9
+
+
 @pytest.mark.slow
 def test_layers_that_stay_dense_and_no_shared_block_need_empty_shared_experts(llama: Module, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="no architecture of transformers with experts"):
@@ -96,7 +111,12 @@ def test_layers_that_stay_dense_and_no_shared_block_need_empty_shared_experts(ll
         (
             f"factorize{{experts=4}},{ROUTER},set-routing{{k=2}}",
             "2 chosen experts of 4 count in full",
-            "combine=softmax",
+            "combine=softmax spread=",
+        ),
+        (
+            "factorize{experts=4},init-router{kind=random deviation=0.5 bias},set-routing{k=2 combine=softmax}",
+            "its router has a bias",
+            "init-router{bias=false}",
         ),
         ("upcycle{experts=4},set-routing{combine=score select=top-p p=0.5}", "select = topp", "a number of experts"),
     ],

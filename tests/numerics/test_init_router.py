@@ -18,7 +18,7 @@ from moec.frontend.huggingface import load_huggingface
 from moec.ir import BlockArgument, Value
 from moec.module import Module
 from moec.passes.router_init.prompts import ExpertPrompts, PromptMode, prompt_rows
-from moec.passes.router_init.solutions import domain_rows, medoids, token_table
+from moec.passes.router_init.solutions import domain_rows, expert_importance, medoids, token_table
 from moec.reference.executor import Executor
 from moec.weights.store import WeightStore
 from tests.codegen.running import assert_close, emit_and_run
@@ -278,3 +278,16 @@ def test_malformed_prompts_are_refused(llama: Module, tmp_path: Path, text: str,
 def test_rows_that_determine_nothing_are_refused(llama: Module, tmp_path: Path) -> None:
     with pytest.raises(MoecError, match=r"32 rows do not determine 65 unknowns.*give 2080 tokens or more"):
         changed(llama, f"{calibrate_text(tmp_path, rows=1)},init-router")
+
+
+def test_least_squares_may_go_through_the_origin(llama: Module) -> None:
+    layer, rows, logits = logits_of(changed(llama, "init-router{bias=false}"))
+    assert not layer.router.tensors("bias")
+    fitted, _, with_bias = logits_of(changed(llama, "init-router"))
+    assert fitted.router.tensors("bias")
+    # what is left of a fit through the origin is at right angles to the rows, not to a constant
+    experts = [load_expert(layer, llama.weights, number) for number in range(6)]
+    target = expert_importance([expert for expert in experts if isinstance(expert, FeedForward)], rows)
+    left = (logits.double() - target).T @ rows.double()
+    assert float(left.abs().max()) < 1e-2 * float((target.T @ rows.double()).abs().max())
+    assert float((with_bias.double() - target).square().sum()) < float((logits.double() - target).square().sum())

@@ -153,6 +153,25 @@ def test_layers_that_follow_the_first_choose_alike(llama: Module, tmp_path: Path
     assert_close(found["logits"], expected["logits"].numpy(), 1e-4)
 
 
+def test_logits_of_a_small_spread_are_nearly_equal_gates_and_choose_the_same(llama: Module) -> None:
+    spread, equal = (
+        changed(llama, f"set-routing{{k=2 {options} scale=calibrated}}")
+        for options in ("combine=softmax spread=0.004", "combine=one")
+    )
+    for one, other in zip(find_moe_layers(spread.op), find_moe_layers(equal.op), strict=True):
+        assert llama.calibration is not None
+        sample = llama.calibration.sample(one)
+        runs = [run_layer(layer, llama.weights, sample.x, sample.router_input) for layer in (one, other)]
+        logits = runs[0].logits.double() / one.route.routing.temperature
+        assert float((logits - logits.mean(1, keepdim=True)).std()) == pytest.approx(0.004, rel=1e-3)
+        same = (runs[0].ids.sort(1).values == runs[1].ids.sort(1).values).all(1)
+        assert float(same.double().mean()) > 0.999
+        assert runs[0].y is not None and runs[1].y is not None
+        assert difference(runs[1].y[same], runs[0].y[same]) < 0.02
+    every = changed(llama, "set-routing{k=6 combine=softmax spread=0.004 scale=calibrated}")
+    assert difference(output(llama), output(every)) < EXACT
+
+
 def test_tokens_of_a_sequence_share_their_experts(bert: Module, tmp_path: Path) -> None:
     module = changed(bert, "set-routing{k=2 scope=sequence}")
     assert difference(output(bert), output(changed(bert, "set-routing{scope=sequence}"))) < EXACT
@@ -192,6 +211,7 @@ def test_tokens_of_a_sequence_share_their_experts(bert: Module, tmp_path: Path) 
         ("select=top-p k=2", "k has no meaning for top-p"),
         ("select=top-p p=1.5", "p must be above 0"),
         ("u=2", "u is for combine=one-plus"),
+        ("k=2 spread=0.1", "spread is for combine=softmax"),
         ("select=entropy order=0", "order must be positive"),
     ],
 )
