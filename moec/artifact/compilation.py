@@ -39,7 +39,6 @@ from moec.artifact.model_card import Card, measure_card_loss, write_card
 from moec.artifact.opened import CHECKPOINT_FOLDER, MODEL_FILE, MODULE_FILE, ONNX_FOLDER, TRITON_FOLDER
 from moec.artifact.options import COPIED_FILES, Activations, Backend, CompileOptions, OutputDType
 from moec.artifact.plan import plan_compilation
-from moec.artifact.record import write_record
 from moec.artifact.recorder import LedgerRecorder
 from moec.artifact.report import LoweringFacts, Report, write_report
 from moec.artifact.summary import active_parameters, layer_facts, model_size
@@ -55,6 +54,7 @@ from moec.module import Module
 from moec.pipeline.base import Claim
 from moec.pipeline.instruments import Instrument
 from moec.pipeline.manager import PassManager, Pipeline, PipelineReport
+from moec.record import write_record
 from moec.weights.store import WeightStore
 
 _VERSIONED = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "numpy")

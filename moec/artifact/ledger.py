@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from moec.artifact.record import Record
+from moec.record import Record
 
 
 class ModelSize(Record):

@@ -15,9 +15,9 @@ from moec.artifact.digest import sha256_of_file
 from moec.artifact.folder import MANIFEST_NAME
 from moec.artifact.ledger import LedgerEntry
 from moec.artifact.measurements import MEASUREMENTS_NAME
-from moec.artifact.record import Record, read_record, write_record
 from moec.artifact.report import REPORT_HTML, REPORT_JSON
 from moec.errors import UnsafeInputError, UsageError, VerificationError
+from moec.record import Record, read_record, write_record
 
 SCHEMA: Literal["moec.artifact/1"] = "moec.artifact/1"
 _OUTSIDE = frozenset({MANIFEST_NAME, MEASUREMENTS_NAME, REPORT_JSON, REPORT_HTML})

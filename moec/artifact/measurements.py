@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field
 
 from moec.artifact.memory import MemoryWatch
-from moec.artifact.record import Record
+from moec.record import Record
 
 MEASUREMENTS_NAME = "measurements.json"
 

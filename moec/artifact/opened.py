@@ -9,11 +9,11 @@ from pathlib import Path
 from moec.artifact.manifest import Manifest, read_manifest
 from moec.artifact.measurements import MEASUREMENTS_NAME, Measurements
 from moec.artifact.options import Backend
-from moec.artifact.record import read_record
 from moec.dialects.builtin import ModuleOp
 from moec.errors import UnsafeInputError, UsageError
 from moec.ir import parse_module, verify
 from moec.module import Module
+from moec.record import read_record
 
 MODULE_FILE = "module.mlir"
 ONNX_FOLDER = "onnx"

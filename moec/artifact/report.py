@@ -10,8 +10,8 @@ from pydantic import Field
 
 from moec.artifact.ledger import LedgerEntry
 from moec.artifact.measurements import Cost, LossRow, Machine, SpeedRow, StepTime, VerificationRow
-from moec.artifact.record import Record, read_record, write_record
 from moec.budget.sizes import format_size as format_size
+from moec.record import Record, read_record, write_record
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from moec.artifact.record import Record, read_record, write_record
 from moec.budget.actions import ActionKind
 from moec.errors import UsageError
+from moec.record import Record, read_record, write_record
 
 SCHEMA: Literal["moec.plan/1"] = "moec.plan/1"
 

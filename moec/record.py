@@ -1,4 +1,4 @@
-"""The base of everything that an artifact stores as JSON."""
+"""The base of everything that is stored as JSON: artifacts, ledgers, plans."""
 
 from __future__ import annotations
 
