@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moec.budget.plan import BudgetPlan
     from moec.calibration.calibration import Calibration
     from moec.frontend.other_sources import OtherSource
+    from moec.passes.cache_planning.simulation import CachePlan
     from moec.quantization.bit_plan import BitPlan
     from moec.weights.context import WeightContext
 
@@ -43,7 +44,8 @@ class Module:
     """`op` is the IR (passes change it in place), `weights` loads what its weight expressions name.
 
     `calibration` is what the pass `calibrate` found, `plan` what `solve-budget` and `bits` what `allocate-bits`
-    decided, None before them. `others` are the models beside this one whose weights `weights` loads, too.
+    decided, `cache_plan` what `plan-cache` simulated, None before them. `others` are the models beside this one whose
+    weights `weights` loads, too.
     """
 
     op: ModuleOp
@@ -52,6 +54,7 @@ class Module:
     calibration: Calibration | None = None
     plan: BudgetPlan | None = None
     bits: BitPlan | None = None
+    cache_plan: CachePlan | None = None
     others: tuple[OtherSource, ...] = ()
 
     @property

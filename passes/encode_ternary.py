@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from moec.dialects.quant import Span, Ternary, TritPacking
@@ -12,6 +12,7 @@ from moec.experts import (
     FeedForward,
     Matrix,
     MoeLayer,
+    Offset,
     Quantized,
     UnreadableExpertError,
     find_moe_layers,
@@ -44,7 +45,8 @@ class EncodeTernary(Pass):
        byte or two bits each. Streams of a layer are filled up to the longest one, so that experts stay in one stack.
     3. If streams save less than the table takes, none are made.
 
-    Levels stay as they are; what the experts compute does not change.
+    Signs that experts add to a base (`sparsify-delta`) are ternary, too. Levels stay as they are; what the experts
+    compute does not change.
     """
 
     claim: ClassVar[Claim] = Claim.EXACT
@@ -157,18 +159,23 @@ class _LayerPlan:
 
     def rewrite(self, context: PassContext, options: EncodeTernary, with_streams: bool) -> None:
         """Packs the matrices anew."""
-        matrices: dict[int, dict[Side, Matrix]] = {}
+        packed: dict[int, dict[Side, Quantized]] = {}
         for number, side, found in _trits(self.layer, self.weights):
             new = self._packed(side, found, with_streams)
             self.after += new.nbytes - (0 if new.table is None else new.table.nbytes)
             if new.format != found.format:
                 context.count(options.packed if new.table is None else options.streams)
-                matrices.setdefault(number, {})[side] = Quantized(new, table_is_shared=new.table is not None)
+                packed.setdefault(number, {})[side] = Quantized(new, table_is_shared=new.table is not None)
         changed: dict[int, Expert] = {}
-        for number, sides in matrices.items():
+        for number, sides in packed.items():
             expert = load_expert(self.layer, self.weights, number)
             assert isinstance(expert, FeedForward)
-            changed[number] = with_matrices(expert, sides)
+            matrices: dict[Side, Matrix] = {}
+            for side, new_part in sides.items():
+                old = projection(expert, side)
+                assert old is not None
+                matrices[side] = replace(old.matrix, delta=new_part) if isinstance(old.matrix, Offset) else new_part
+            changed[number] = with_matrices(expert, matrices)
         replace_experts(self.layer, self.weights, changed)
 
     def _packed(self, side: Side, found: Packed, with_streams: bool) -> Packed:
@@ -191,8 +198,17 @@ def _trits(layer: MoeLayer, weights: WeightContext) -> Iterator[tuple[int, Side,
         if not isinstance(expert, FeedForward):
             continue
         for side in Side:
-            found = projection(expert, side)
-            if found is not None and isinstance(found.matrix, Quantized):
-                kind = found.matrix.packed.format
+            found = _packed_part(expert, side)
+            if found is not None:
+                kind = found.packed.format
                 if isinstance(kind, Ternary) and kind.span is not Span.GROUP:
-                    yield number, side, found.matrix.packed
+                    yield number, side, found.packed
+
+
+def _packed_part(expert: FeedForward, side: Side) -> Quantized | None:
+    """A packed matrix, or what an expert adds to the base of its class."""
+    found = projection(expert, side)
+    matrix = None if found is None else found.matrix
+    if isinstance(matrix, Offset):
+        return matrix.delta
+    return matrix if isinstance(matrix, Quantized) else None

@@ -11,7 +11,7 @@ from moec.experts import MoeLayer, find_moe_layers
 from moec.experts.run import LayerRun
 from moec.ir import Operation
 from moec.passes.cache_planning.prediction import next_gate_recall, path_recall
-from moec.passes.cache_planning.simulation import Access, Policy, hit_rate
+from moec.passes.cache_planning.simulation import Access, CachePlan, Hits, Policy, simulate
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
 # HOBBIT reads an expert in high precision where the gates before it are at most this share of a token's gates
@@ -27,7 +27,7 @@ class PlanCache(Pass):
     used, and HOBBIT's sum of both, of uses in high precision and of the distance of the layer. Remarks (`--explain`)
     give the hit rate of each, and for every layer but the first how many of its experts two predictors name beforehand:
     its own router on the rows of the layer before (HOBBIT), and a table of which experts follow which (EdgeMoE).
-    Nothing is changed.
+    Nothing is changed; `make-replicas{resident}` goes by the hit rates of each expert under the best policy.
     """
 
     claim: ClassVar[Claim] = Claim.EXACT
@@ -49,8 +49,12 @@ class PlanCache(Pass):
         context.count(self.accesses, len(trace))
         stored = sum(layer.experts.expert_count for layer in layers)
         size = max(1, round(self.capacity * stored))
-        rates = [f"{policy.value} {hit_rate(trace, policy, size, len(layers)):.1%}" for policy in Policy]
+        simulated = {policy: simulate(trace, policy, size, len(layers)) for policy in Policy}
+        rates = [f"{policy.value} {hits.rate:.1%}" for policy, hits in simulated.items()]
         context.remark(layers[0].experts, f"a cache of {size} of {stored} experts hits: {', '.join(rates)}")
+        if context.module is not None:
+            best = max(Policy, key=lambda policy: simulated[policy].rate)
+            context.module.cache_plan = CachePlan(best, size, _by_layer(layers, simulated[best]))
         for number in range(1, len(layers)):
             layer, sample, before = layers[number], samples[number], samples[number - 1]
             by_path = path_recall(
@@ -64,6 +68,14 @@ class PlanCache(Pass):
                 f"its experts are foreseen by its router one layer before at {by_gate:.1%}, by paths at {by_path:.1%}"
             )
             context.remark(layer.experts, text)
+
+
+def _by_layer(layers: list[MoeLayer], hits: Hits) -> dict[str, tuple[float, ...]]:
+    """The hit rate of every stored expert."""
+    return {
+        layer.name: tuple(hits.rate_of((number, expert)) for expert in range(layer.expert_count))
+        for number, layer in enumerate(layers)
+    }
 
 
 def _trace(layers: list[MoeLayer], runs: list[LayerRun], rows: int) -> list[Access]:

@@ -13,7 +13,7 @@ from moec.codegen.onnx.context import refuse, tensor_of
 from moec.codegen.onnx.cost_model import ExpertsShape
 from moec.codegen.onnx.graph import GraphBuilder
 from moec.codegen.onnx.merged_slots import merge_slots
-from moec.dialects.moe import ExpertsOp, RouteOp, Select
+from moec.dialects.moe import ExpertsOp, ReplicaOp, RouteOp, Select
 from moec.dialects.quant import DequantOp
 from moec.ir.operation import Value
 
@@ -150,6 +150,8 @@ def expert_positions(op: ExpertsOp) -> np.ndarray[tuple[int], np.dtype[np.int64]
 def may_leave_slots_empty(ids: Value) -> bool:
     """Whether the route that made `ids` can select fewer experts than there are slots."""
     route = ids.defining_op
+    if isinstance(route, ReplicaOp):
+        return route.low < 1 or may_leave_slots_empty(route.ids)
     if not isinstance(route, RouteOp):
         return False
     routing = route.routing

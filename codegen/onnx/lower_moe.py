@@ -14,8 +14,9 @@ from moec.codegen.onnx.experts_lean import emit_lean
 from moec.codegen.onnx.experts_packed_fused import emit_packed_fused
 from moec.codegen.onnx.lean_function import emit_lean_function
 from moec.codegen.onnx.registry import emits_op
+from moec.codegen.onnx.replica import emit_replica
 from moec.codegen.onnx.route import RouteOperands, emit_route
-from moec.dialects.moe import ExpertsOp, RouteOp
+from moec.dialects.moe import ExpertsOp, ReplicaOp, RouteOp
 from moec.ir.operation import Operation
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ def emit_route_op(context: Context, op: RouteOp) -> tuple[ir.Value, ...]:
     if not op.count.uses:
         return slots.ids, slots.gates
     return slots.ids, slots.gates, slots.count(context.builder)
+
+
+@emits_op(ReplicaOp)
+def emit_replica_op(context: Context, op: ReplicaOp) -> tuple[ir.Value, ...]:
+    """`moe.replica`: ids and gates of the replicas that slots read."""
+    return emit_replica(context.builder, op, context.value(op.ids), context.value(op.gates))
 
 
 @emits_op(ExpertsOp)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from moec.artifact.ledger import round_error
 from moec.artifact.report import ExpertClassFacts, ExpertUse
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertClass, ExpertsOp
+from moec.dialects.quant import DequantOp
 from moec.ir import Operation, Region, TensorType, Value
 from moec.weights.expression_parser import parse_expression
 from moec.weights.uses import without_cast
@@ -40,7 +41,9 @@ def class_facts(module: Module, experts: ExpertsOp) -> Iterator[ExpertClassFacts
         own = sum(_weight_bytes(module, weight) for weight in weights[: group.stacks])
         each = [1 if position >= group.stacks else len(group.experts) for position in range(len(weights))]
         sizes = [_weight_bytes(module, weight) // count for weight, count in zip(weights, each, strict=True)]
-        formats, bits = packed_facts(region, dict(zip(region.block.arguments[1:], sizes, strict=True)))
+        arguments = region.block.arguments[1:]
+        whole = frozenset(arguments[group.stacks :])
+        formats, bits = packed_facts(region, dict(zip(arguments, sizes, strict=True)), whole)
         yield ExpertClassFacts(
             experts=group.experts,
             width=facts.width,
@@ -83,9 +86,10 @@ def body_facts(region: Region, group: ExpertClass) -> BodyFacts:
     if not width:
         return BodyFacts("affine" if ranks else "linear", 0, rank)
     activation = describe_body(region)
+    shared: set[Value] = set(region.block.arguments[1 + group.stacks :])
     if not ranks:
-        return BodyFacts(activation, width, 0)
-    shared = set(region.block.arguments[1 + group.stacks :])
+        based = any(_reads_whole(op, shared) for op in region.block if _is_product(op))
+        return BodyFacts(f"{activation} on a shared base" if based else activation, width, 0)
     in_factors = {operand for op, _ in ranks for product in _both(op) for operand in product.operands}
     if shared & in_factors:
         return BodyFacts(f"latent {activation}", width, rank)
@@ -134,6 +138,15 @@ def _both(op: Operation) -> tuple[Operation, ...]:
     rows = _rows(op)
     inner = None if rows is None else _product_behind(rows)
     return (op,) if inner is None else (op, inner)
+
+
+def _reads_whole(op: Operation, shared: Set[Value]) -> bool:
+    """Whether the weight of a product is one of `shared`, or packed in nothing else."""
+    for value in op.operands:
+        inner = value.defining_op
+        if value in shared or (isinstance(inner, DequantOp) and set(inner.operands) <= shared):
+            return True
+    return False
 
 
 def _product_behind(value: Value) -> Operation | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from moec.dialects.quant import BlockFloat, BlockScale, Codebook, DequantOp, Element, Format, Integer, Span, Ternary
 from moec.ir import Region, TensorType, Value
@@ -27,15 +27,17 @@ def describe_format(packed: Format) -> str:
     return f"{name} g{getattr(packed, 'group', 0)}" if span is Span.GROUP else name
 
 
-def packed_facts(region: Region, sizes: Mapping[Value, int]) -> tuple[str, float]:
+def packed_facts(region: Region, sizes: Mapping[Value, int], shared: Set[Value] = frozenset()) -> tuple[str, float]:
     """(formats, bits per weight) of the packed matrices of one expert; ("", 0.0) where it has none.
 
-    `sizes` are the bytes of what the arguments of the body read for one expert, scales and tables among them.
+    `sizes` are the bytes of what the arguments of the body read for one expert, scales and tables among them. Matrices
+    of `shared` arguments alone, such as a base, have formats, but the bits are those of the expert's own.
     """
     matrices = [op for op in region.block if isinstance(op, DequantOp)]
     if not matrices:
         return "", 0.0
     formats = dict.fromkeys(describe_format(op.format) for op in matrices)
+    matrices = [op for op in matrices if not set(op.operands) <= shared]
     stored = sum(sizes[value] for value in dict.fromkeys(value for op in matrices for value in op.operands))
     weights = 0
     for op in matrices:
@@ -43,4 +45,4 @@ def packed_facts(region: Region, sizes: Mapping[Value, int]) -> tuple[str, float
         assert isinstance(kind, TensorType)
         rows, columns = kind.static_shape
         weights += rows * columns
-    return " and ".join(formats), 8 * stored / weights
+    return " and ".join(formats), 8 * stored / max(weights, 1)

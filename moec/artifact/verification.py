@@ -20,11 +20,13 @@ from moec.artifact.runtime import OnnxModel
 from moec.artifact.summary import layer_of_experts
 from moec.artifact.tokens import TokenBatch, function_inputs, token_batch
 from moec.dialects.builtin import ModuleOp
-from moec.dialects.moe import ExpertsOp, RouteOp
+from moec.dialects.moe import ExpertsOp, ReplicaOp, RouteOp
 from moec.errors import VerificationError
+from moec.ir import Operation
 from moec.reference.agreement import record_route
 from moec.reference.executor import Executor
 from moec.reference.frame import Observation
+from moec.reference.replica import replica_margin
 from moec.weights.context import WeightContext
 from moec.weights.expression import Expression
 
@@ -143,17 +145,19 @@ def run_reference(
 ) -> ReferenceRun:
     """Runs `main` in float32 and notes what every router chose, and between which experts it was a tie."""
     choices: list[LayerChoices] = []
-    ties: dict[RouteOp, NDArray[np.bool_]] = {}
+    ties: dict[Operation | None, NDArray[np.bool_]] = {}
 
     def tap(seen: Observation) -> None:
         if isinstance(seen.op, RouteOp):
             ties[seen.op] = (record_route(seen).margin <= tolerance.tie_margin).numpy()
+        if isinstance(seen.op, ReplicaOp):
+            margin = replica_margin(seen.op, seen.operand(seen.op.gates))
+            ties[seen.op] = (margin <= tolerance.tie_margin).numpy() | ties.get(seen.op.ids.defining_op, False)
         if not isinstance(seen.op, ExpertsOp):
             return
         ids, gates = seen.operand(seen.op.ids).numpy(), seen.operand(seen.op.gates).numpy()
         chosen = np.where(gates != 0, np.asarray(seen.op.stored, np.int64)[ids], -1)
-        route = seen.op.ids.defining_op
-        tied = ties.get(route) if isinstance(route, RouteOp) else None
+        tied = ties.get(seen.op.ids.defining_op)
         choices.append(
             LayerChoices(
                 layer_of_experts(seen.op),

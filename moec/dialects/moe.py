@@ -282,6 +282,36 @@ class RouteOp(Op, name="moe.route", pure=True):
         ]
 
 
+class ReplicaOp(Op, name="moe.replica", pure=True):
+    """Which of two replicas of an expert a slot reads, by how much the experts before it count (HOBBIT).
+
+    `ids` i64 [T, K] and `gates` [T, K] are those of a route with R = `outputs` router outputs. The rank of a slot is
+    the sum of |gate| over the slots of its token with a larger |gate|, equal ones in their order, divided by that of
+    all slots. Up to `high` the id stays, above it the id becomes id + R, which names the expert's other replica; above
+    `low` the gate becomes 0, so that the slot gives nothing. Gates that stay are not scaled.
+    """
+
+    ids = Operand()
+    gates = Operand()
+    chosen_ids = Result()
+    chosen_gates = Result()
+    outputs = Attr(int)
+    high = Attr(float)
+    low = Attr(float)
+
+    def infer(self) -> Sequence[Type]:
+        ids, gates = tensor_type(self, self.ids, "ids", 2), tensor_type(self, self.gates, "gates", 2)
+        if ids.shape != gates.shape or not ids.dtype.is_integer:
+            raise VerifyError(f"{self.name}: ids {ids} and gates {gates} do not fit each other", self)
+        if self.outputs < 1:
+            raise VerifyError(f"{self.name}: {self.outputs} router outputs", self)
+        if not 0 <= self.high <= self.low <= 1:
+            raise VerifyError(
+                f"{self.name}: high {self.high:g} and low {self.low:g} are not 0 <= high <= low <= 1", self
+            )
+        return [ids, gates]
+
+
 @struct_attribute("moe.class")
 @dataclass(frozen=True, slots=True)
 class ExpertClass:

@@ -6,7 +6,7 @@ A body takes the rows and one tensor per operand in the order of `operands_of`; 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import torch
@@ -23,6 +23,7 @@ from moec.experts.expert import (
     Expert,
     FeedForward,
     Matrix,
+    Offset,
     PartlyLowRank,
     Projection,
     Quantized,
@@ -80,6 +81,8 @@ def _packed_parts(matrix: Matrix) -> tuple[Quantized, ...]:
     """The packed matrices that a matrix consists of."""
     if isinstance(matrix, Banded):
         return matrix.parts
+    if isinstance(matrix, Offset):
+        return (*_packed_parts(matrix.base), matrix.delta)
     return (matrix,) if isinstance(matrix, Quantized) else ()
 
 
@@ -128,6 +131,9 @@ def _matrix_operands(name: str, matrix: Matrix) -> list[Operand]:
     if isinstance(matrix, Banded):
         numbered = enumerate(matrix.parts)
         return [item for number, part in numbered for item in _matrix_operands(f"{name}.{number}", part)]
+    if isinstance(matrix, Offset):
+        base = [replace(item, shared=True) for item in _matrix_operands(f"{name}.base", matrix.base)]
+        return [*_matrix_operands(f"{name}.delta", matrix.delta), *base]
     if isinstance(matrix, Quantized):
         return [
             Operand(f"{name}.{part}", tensor, part == "table" and matrix.table_is_shared, packed=True)
@@ -154,6 +160,10 @@ def _project(block: Block, rows: Value, name: str, projection: Projection, given
         return _project_parts(block, rows, name, matrix, bias, given)
     if isinstance(matrix, Quantized):
         return _linear(block, rows, _unpack(block, name, matrix, given), bias)
+    if isinstance(matrix, Offset):
+        base = _project(block, rows, f"{name}.base", Projection(matrix.base), given)
+        more = _linear(block, rows, _unpack(block, f"{name}.delta", matrix.delta, given), bias)
+        return _add(block, base, more)
     if isinstance(matrix, Banded):
         parts = tuple(_unpack(block, f"{name}.{number}", part, given) for number, part in enumerate(matrix.parts))
         joined = aten.build("cat.default", {"tensors": parts}, (_f32(*matrix.shape),), dim=matrix.axis)

@@ -204,7 +204,28 @@ class Banded:
         return rows @ self.dense().T
 
 
-Matrix = Dense | LowRank | PartlyLowRank | Quantized | Banded
+@dataclass(frozen=True)
+class Offset:
+    """base + delta: a matrix [out, in] that is stored once for its class of experts, and what one expert adds."""
+
+    base: Dense | Quantized
+    delta: Quantized
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.delta.shape
+
+    def dense(self) -> torch.Tensor:
+        """The matrix [out, in]."""
+        return self.base.dense() + self.delta.dense()
+
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, in] times the transposed matrix."""
+        return self.base.apply(rows) + self.delta.apply(rows)
+
+
+Matrix = Dense | LowRank | PartlyLowRank | Quantized | Banded | Offset
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.dialects.aten import AtenOp
-from moec.dialects.moe import ExpertsOp, RouteOp
+from moec.dialects.moe import ExpertsOp, ReplicaOp, RouteOp
 from moec.ir import Operation, TensorType, Value
 
 # what may lie between the router's linear map and the route: it changes neither values nor the axis of the experts
@@ -102,6 +102,10 @@ def _read(root: Operation) -> list[MoeLayer | Unreadable]:
 
 def _layer(op: ExpertsOp, name: str, index: int) -> MoeLayer | Unreadable:
     route = op.ids.defining_op
+    if isinstance(route, ReplicaOp):
+        return Unreadable(
+            op, "its experts have replicas, and which of them a token reads is decided for them as they are"
+        )
     if not isinstance(route, RouteOp) or op.ids is not route.ids:
         return Unreadable(op, "its experts are chosen by arithmetic that is no moe.route")
     if op.gates is not route.gates:

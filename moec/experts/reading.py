@@ -28,6 +28,7 @@ from moec.experts.expert import (
     Expert,
     FeedForward,
     LowRank,
+    Offset,
     PartlyLowRank,
     Projection,
     Quantized,
@@ -121,6 +122,8 @@ class _Reader:
         # packed matrices that nothing but products has read so far
         self._packed: dict[Value, Quantized | Banded] = {}
         self._projected: dict[Value, _Projected] = {}
+        # products with a weight that is shared
+        self._of_shared: set[Value] = set()
         # columns of hidden activations
         self._cuts: dict[Value, AtenOp] = {}
 
@@ -178,6 +181,7 @@ class _Reader:
         packed = Packed(op.format, op.columns, **{name: self._weights[value] for name, value in parts.items()})
         packed.require(self._name)
         self._packed[op.weight] = Quantized(packed, self._dtype, op.table in self._shared)
+        self._shared.update([op.weight] if all(value in self._shared for value in parts.values()) else ())
 
     def _bands(self, op: AtenOp) -> bool:
         """Whether packed matrices are joined to one."""
@@ -202,6 +206,8 @@ class _Reader:
             left, right = op.operands
         if left in self._weights or (bias is not None and bias not in self._weights):
             return
+        if right in self._shared:
+            self._of_shared.add(op.results[0])
         if right in self._packed and right not in self._weights:
             projection = Projection(self._packed[right], None if bias is None else self._weights[bias].reshape(-1))
             self._projected[op.results[0]] = _Projected(left, projection)
@@ -221,7 +227,7 @@ class _Reader:
         self._projected[op.results[0]] = _Projected(rows, projection)
 
     def _is_shared(self, tensor: torch.Tensor) -> bool:
-        return any(self._weights[value] is tensor for value in self._shared)
+        return any(self._weights.get(value) is tensor for value in self._shared)
 
     def _columns(self, op: AtenOp) -> None:
         """Some columns of a projection are the projection by some rows of its matrix."""
@@ -255,6 +261,8 @@ class _Reader:
         """A shared base plus what one expert adds to it, or whole columns of a matrix plus columns of low rank."""
         if any(value not in self._projected for value in op.operands):
             return
+        if self._offset(op):
+            return
         base, more = (self._projected[value] for value in op.operands)
         if isinstance(base.projection.matrix, LowRank):
             base, more = more, base
@@ -276,6 +284,21 @@ class _Reader:
             return
         matrix = replace(factors, base=dense.weight)
         self._projected[op.results[0]] = _Projected(base.rows, Projection(matrix, more.projection.bias))
+
+    def _offset(self, op: AtenOp) -> bool:
+        """Whether the sum is that of a shared base and a packed matrix."""
+        shared = [value for value in op.operands if value in self._of_shared]
+        own = [value for value in op.operands if value not in self._of_shared]
+        if len(shared) != 1 or len(own) != 1 or op.argument("alpha") != 1:
+            return False
+        base, more = self._projected[shared[0]], self._projected[own[0]]
+        first, second = base.projection.matrix, more.projection.matrix
+        if not isinstance(first, Dense | Quantized) or not isinstance(second, Quantized):
+            return False
+        if base.rows is not more.rows or base.projection.bias is not None:
+            return False
+        self._projected[op.results[0]] = _Projected(base.rows, Projection(Offset(first, second), more.projection.bias))
+        return True
 
     def _whole_of(self, first: Value, second: Value) -> Value | None:
         """What two values are the first and the last columns of; None where they are not."""
@@ -381,6 +404,8 @@ _LINEAR = "aten.linear.default"
 def _tensors(projection: Projection) -> list[torch.Tensor]:
     matrix = projection.matrix
     found: list[torch.Tensor] = []
+    if isinstance(matrix, Offset):
+        return [*_tensors(Projection(matrix.base)), *_tensors(Projection(matrix.delta, projection.bias))]
     if isinstance(matrix, PartlyLowRank):
         found, matrix = [matrix.whole], matrix.rest
     if isinstance(matrix, Quantized | Banded):

@@ -13,7 +13,7 @@ from moec.errors import UsageError
 from moec.ir import TensorType, Value
 
 # These modules register their kernels.
-from moec.reference import aten_kernel, large_weights, nn_kernels, quant_kernel  # noqa: F401
+from moec.reference import aten_kernel, large_weights, nn_kernels, quant_kernel, replica  # noqa: F401
 from moec.reference import experts as _experts  # noqa: F401
 from moec.reference import route as _route  # noqa: F401
 from moec.reference.element_types import ElementTypes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -14,7 +15,8 @@ from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.emit import MODEL_FILE
 from moec.codegen.onnx.targets import Target
 from moec.dialects.moe import Routing, Score, Select
-from moec.dialects.quant import Integer, Span, ZeroPoint
+from moec.dialects.quant import Integer, Levels, Span, Ternary, TritPacking, ZeroPoint
+from moec.experts import Dense, FeedForward, Offset, Quantized
 from tests.codegen.packed_matrices import FORMATS, expert, experts_module, linear_module, random_packed
 from tests.codegen.running import assert_close, emit_and_run, load, module_of, reference, run
 
@@ -168,3 +170,35 @@ def test_what_the_fused_operator_gets_wrong_never_reaches_it(tmp_path: Path) -> 
         found, report = emit_and_run(module, feeds, tmp_path / name, **options)
         assert reason in report.layers[0].choice.reason
         assert_close(found["y"], reference(module, feeds)["y"])
+
+
+@pytest.mark.parametrize(("signs", "base"), [("five", None), ("dictionary of 10 bits", "int8 g16 float zeros")])
+@pytest.mark.parametrize("target", list(Target), ids=lambda target: target.value)
+def test_a_base_and_what_experts_add(target: Target, signs: str, base: str | None, tmp_path: Path) -> None:
+    """The base is stored once, as it is or packed, with a bias of each expert."""
+    generator = torch.Generator().manual_seed(3)
+    kind = Ternary(Levels.SCALE, Span.TENSOR, packing=TritPacking.FIVE_PER_BYTE)
+    own = kind if signs == "five" else ALL[signs]
+    members = [expert([own] * 3, HIDDEN, WIDTH, generator, bias=True) for _ in range(EXPERTS)]
+    sides = ("gate", "up", "down")
+    shapes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
+    bases = [
+        Dense(torch.randn(shape, generator=generator) / 8)
+        if base is None
+        else Quantized(random_packed(ALL[base], *shape, generator))
+        for shape in shapes
+    ]
+
+    def based(member: FeedForward) -> FeedForward:
+        found = {}
+        for side, shared in zip(sides, bases, strict=True):
+            old = getattr(member, side)
+            found[side] = replace(old, matrix=Offset(shared, old.matrix))
+        return replace(member, **found)
+
+    op, weights = experts_module([[based(member) for member in members]], HIDDEN, routing=ROUTING)
+    module = module_of(op, weights)
+    feeds = {"x": torch.randn((9, HIDDEN), generator=generator)}
+    found, report = emit_and_run(module, feeds, tmp_path, target=target)
+    assert_close(found["y"], reference(module, feeds)["y"])
+    assert report.weight_bytes == sum(tensor.nbytes for tensor in weights.values())

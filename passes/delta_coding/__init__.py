@@ -1,0 +1,1 @@
+"""Differences of experts from a base in signs (`signs`), and bases with the differences that go with them (`fit`)."""
