@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from moec.dialects import aten
 from moec.dialects.builtin import FuncOp, ModuleOp, ReturnOp
 from moec.dialects.nn import AttentionMaskOp, AttentionOp
 from moec.ir import BlockArgument, DimExpr, DType, Operation, TensorType, Value, symbol
+from moec.passes.building import Builder
 from moec.passes.matching import is_view, made_by, shape, tensor
 from moec.passes.token_locality import Obstacle, find_obstacle, is_ones
-from moec.pipeline.base import Claim, Pass, PassContext, Statistic, register_pass
+from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
 _PAST = "past"
 _TOKENS_INPUT, _PADDING_INPUT = "input_ids", "attention_mask"
@@ -25,13 +27,17 @@ class AddKVCache(Pass):
     1. `attention_mask` becomes [batch, past + seq]; the other inputs are those of the new tokens.
     2. Each attention gets `past_key_values.N.key` and `.value` [batch, key heads, past, channels] and gives
        `present.N.key` and `.value`; N counts them in order of depth. Layers that share keys and values share a cache.
-    3. Nothing else changes. So a model in which tokens meet anywhere but in causal attention, or which counts
+    3. With `equal_widths`, the narrower of keys and values gets zeros for its missing channels (DeepSeek's values,
+       whose keys have rotary channels too): ONNX Runtime GenAI knows one width for both.
+    4. Nothing else changes. So a model in which tokens meet anywhere but in causal attention, or which counts
        positions by itself, is left without a cache, with the reason.
     """
 
     claim: ClassVar[Claim] = Claim.EXACT
     anchor: ClassVar[str] = "builtin.module"
     cached = Statistic("attentions with a cache")
+    widened = Statistic("attentions whose keys or values got channels of zeros")
+    equal_widths: bool = option("give the caches of keys and values the same width", True)
 
     def run(self, op: Operation, context: PassContext) -> None:
         assert isinstance(op, ModuleOp)
@@ -40,6 +46,8 @@ class AddKVCache(Pass):
         if obstacle is not None:
             context.refuse(obstacle.op, obstacle.reason, self.pass_name)
             return
+        if self.equal_widths:
+            context.count(self.widened, _equalize_widths(function))
         context.count(self.cached, _Cache(function).add())
 
 
@@ -101,6 +109,35 @@ def _source(padding: Value) -> Value:
     while (op := is_view(padding) or made_by(padding, "_to_copy.default")) is not None:
         padding = op.operands[0]
     return padding
+
+
+def _equalize_widths(function: FuncOp) -> int:
+    """Makes keys and values of each attention equally wide; returns how many were not."""
+    made: dict[Value, Value] = {}
+    count = 0
+    for attention in [op for op in function.body if isinstance(op, AttentionOp)]:
+        key_width, value_width = shape(attention.key)[3], shape(attention.value)[3]
+        if key_width == value_width or not isinstance(key_width, int) or not isinstance(value_width, int):
+            continue
+        count += 1
+        width = max(key_width, value_width)
+        build = Builder(partial(Operation.insert_before, anchor=attention))
+        for old in (attention.query, attention.key, attention.value):
+            if old not in made:  # layers that share keys and values go on to share them
+                made[old] = build.widen_channels(old, width)
+        wider = AttentionOp(
+            made[attention.query],
+            made[attention.key],
+            made[attention.value],
+            attention.mask,
+            attention.sinks,
+            scale=attention.scale,
+            softcap=attention.softcap,
+            location=attention.location,
+        )
+        wider.insert_before(attention)
+        attention.replace_with([build.channels(wider.output, 0, value_width)])
+    return count
 
 
 @dataclass

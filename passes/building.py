@@ -85,6 +85,15 @@ class Builder:
         end = start + (count - 1) * step + 1
         return self.aten("slice.Tensor", {"self": value}, kind, dim=last, start=start, end=end, step=step)
 
+    def widen_channels(self, value: Value, width: int) -> Value:
+        """Zeros behind the channels of the last axis, up to `width`."""
+        count = shape(value)[-1]
+        if count == width:
+            return value
+        assert isinstance(count, int)
+        kind = TensorType((*shape(value)[:-1], width), tensor(value).dtype)
+        return self.aten("constant_pad_nd.default", {"self": value}, kind, pad=(0, width - count), value=0.0)
+
     def repeat_channels(self, value: Value) -> Value:
         """Each channel twice in a row: [..., r] to [..., 2 r]."""
         sizes = shape(value)

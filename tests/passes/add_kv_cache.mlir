@@ -1,4 +1,5 @@
-// RUN: moec opt %s -p add-kv-cache --split-input-file | filecheck %s
+// RUN: moec opt %s -p 'add-kv-cache{equal-widths=false}' --split-input-file | filecheck %s
+// RUN: moec opt %s -p add-kv-cache --split-input-file | filecheck %s --check-prefix=WIDTHS
 // RUN: moec opt %s -p add-kv-cache --split-input-file --explain 2>&1 | filecheck %s --check-prefix=EXPLAIN
 
 // Two layers share their keys and values, so there is one cache.
@@ -60,5 +61,29 @@
     %mask = "nn.attention_mask"(%padding) <{causal = true}> : (!moec.tensor<[batch, seq], i64>) -> !moec.tensor<[batch, 1, seq, seq], i1>
     %y = "nn.attention"(%heads, %heads, %heads, %mask) <{operandSegmentSizes = [1, 1, 1, 1, 0, 0, 0], scale = 0.5}> : (!moec.tensor<[batch, 1, seq, 4], f32>, !moec.tensor<[batch, 1, seq, 4], f32>, !moec.tensor<[batch, 1, seq, 4], f32>, !moec.tensor<[batch, 1, seq, seq], i1>) -> !moec.tensor<[batch, seq, 1, 4], f32>
     "func.return"(%y) : (!moec.tensor<[batch, seq, 1, 4], f32>) -> ()
+  }) : () -> ()
+}) : () -> ()
+
+// -----
+
+// Values are narrower than keys: zeros make them as wide, and the result loses what they gave.
+// CHECK: "past_key_values.0.value"
+// CHECK-NOT: aten.constant_pad_nd
+// WIDTHS: %arg1: !moec.tensor<[batch, 1, past, 4], f32>, %arg2: !moec.tensor<[batch, 1, past, 4], f32>
+"builtin.module"() ({
+  "func.func"() <{arg_names = ["input_ids"], function_type = (!moec.tensor<[batch, seq], i64>) -> !moec.tensor<[batch, seq, 1, 3], f32>, result_names = ["logits"], sym_name = "main"}> ({
+  ^bb0(%ids: !moec.tensor<[batch, seq], i64>):
+    %w = "moec.weight"() <{source = "w", weight_name = "w"}> : () -> tensor<9x4xf32>
+    %x = "aten.embedding.default"(%w, %ids) <{operand_layout = ["weight", "indices"]}> : (tensor<9x4xf32>, !moec.tensor<[batch, seq], i64>) -> !moec.tensor<[batch, seq, 4], f32>
+    %keys = "aten.unsqueeze.default"(%x) <{dim = 1, operand_layout = ["self"]}> : (!moec.tensor<[batch, seq, 4], f32>) -> !moec.tensor<[batch, 1, seq, 4], f32>
+    %values = "aten.slice.Tensor"(%keys) <{dim = 3, end = 3, operand_layout = ["self"], start = 0}> : (!moec.tensor<[batch, 1, seq, 4], f32>) -> !moec.tensor<[batch, 1, seq, 3], f32>
+    %padding = "aten.ones.default"() <{dtype = i64, size = [#moec.dim<batch>, #moec.dim<seq>]}> : () -> !moec.tensor<[batch, seq], i64>
+    %mask = "nn.attention_mask"(%padding) <{causal = true}> : (!moec.tensor<[batch, seq], i64>) -> !moec.tensor<[batch, 1, seq, seq], i1>
+    // WIDTHS: [[WIDE:%.*]] = "aten.constant_pad_nd.default"({{.*}}) <{{{.*}}pad = [0, 1]{{.*}}}>
+    // WIDTHS: [[Y:%.*]]:3 = "nn.attention"([[KEYS:%.*]], [[KEYS]], [[WIDE]], {{.*}}, %arg1, %arg2)
+    // WIDTHS: [[CUT:%.*]] = "aten.slice.Tensor"([[Y]]#0) <{dim = 3, end = 3
+    // WIDTHS: "func.return"([[CUT]], [[Y]]#1, [[Y]]#2)
+    %y = "nn.attention"(%keys, %keys, %values, %mask) <{operandSegmentSizes = [1, 1, 1, 1, 0, 0, 0], scale = 0.5}> : (!moec.tensor<[batch, 1, seq, 4], f32>, !moec.tensor<[batch, 1, seq, 4], f32>, !moec.tensor<[batch, 1, seq, 3], f32>, !moec.tensor<[batch, 1, seq, seq], i1>) -> !moec.tensor<[batch, seq, 1, 3], f32>
+    "func.return"(%y) : (!moec.tensor<[batch, seq, 1, 3], f32>) -> ()
   }) : () -> ()
 }) : () -> ()
