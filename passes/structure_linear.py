@@ -8,17 +8,20 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import ModuleOp
 from moec.dialects.moe import ExpertsOp, RouteOp
 from moec.dialects.nn import MLPOp
 from moec.errors import UsageError
 from moec.experts.parts import settle_names
 from moec.ir import Operation
-from moec.passes.norm_folding.linear_maps import LinearMap, linear_map, load_matrix
+from moec.passes.norm_folding.linear_maps import LinearMap, linear_map, load_matrix, source_of
 from moec.passes.structuring.factors import Factors, block_dense, block_shuffle, low_rank
 from moec.passes.structuring.rewriting import replace_by_factors
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 from moec.reference.layers import layer_of
+
+_SHAPES = ("aten.view.default", "aten.permute.default")
 
 
 class Structure(Enum):
@@ -51,7 +54,9 @@ class StructureLinear(Pass):
     4. `guide` g computes g W x + (1 - g) S x with the old W beside the structured S, from which training starts.
 
     At full rank the function stays the same up to rounding; factors that hold more numbers than the matrix are written
-    all the same, and counted. StructuredFFN (CLAIRE-Labo), as a conversion.
+    all the same, and counted. What is a product of matrices already is left as it is.
+
+    StructuredFFN (CLAIRE-Labo), as a conversion.
     """
 
     claim: ClassVar[Claim] = Claim.LOSSY
@@ -82,6 +87,7 @@ class StructureLinear(Pass):
     def run(self, op: Operation, context: PassContext) -> None:
         weights = context.require_weights()
         maps = [found for inner in op.walk() if (found := linear_map(inner)) is not None and self._wanted(found)]
+        maps = [found for found in maps if not _is_factor(found)]
         for found in maps:
             matrix = load_matrix(found.weight, weights)
             factors = self._factors(found, matrix.shape[0], matrix.shape[1])(matrix)
@@ -146,6 +152,30 @@ class _Choice:
                 return block_dense(matrix, self.blocks, self.rank // self.blocks)
             case Structure.BLOCK_SHUFFLE:
                 return block_shuffle(matrix, self.blocks, self.rank)
+
+
+def _is_factor(found: LinearMap) -> bool:
+    """Whether nothing but a new shape lies between the map and another one in front of it or behind it."""
+    value = found.input
+    while isinstance(op := value.defining_op, AtenOp) and op.name in _SHAPES:
+        value = op.operands[0]
+    if value.defining_op is not None and _is_fixed_product(value.defining_op):
+        return True
+    frontier = list(found.op.results)
+    while frontier:
+        for user in frontier.pop().users:
+            if _is_fixed_product(user):
+                return True
+            if user.name in _SHAPES:
+                frontier += user.results
+    return False
+
+
+def _is_fixed_product(op: Operation) -> bool:
+    """Whether `op` multiplies by one fixed matrix, or by one for each entry of a batch."""
+    if isinstance(op, AtenOp) and op.name == "aten.bmm.default":
+        return source_of(op.tensor("mat2")) is not None
+    return linear_map(op) is not None
 
 
 def _leads_to_a_route(op: Operation) -> bool:

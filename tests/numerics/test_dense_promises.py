@@ -1,0 +1,82 @@
+"""What holds for every pass that makes experts of a dense model or rewrites it: equal inputs give equal models, both
+ONNX targets compute what the reference does, and a second run finds nothing to do or is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import moec
+from moec.artifact.tokens import function_inputs, token_batch
+from moec.codegen.onnx.targets import parse_target
+from moec.errors import MoecError
+from moec.ir import structural_difference
+from moec.module import Module
+from tests.codegen.running import emit_and_run
+from tests.experts.models import calibrate_text, copy_of, output, raised_model
+
+pytestmark = pytest.mark.slow
+
+PIPELINES = (
+    "factorize{experts=4}",
+    "factorize{experts=4 partition=co-activation shared=32}",
+    "factorize{target=attention-heads experts=2}",
+    "factorize{experts=4},init-router,set-routing{k=2 scale=calibrated}",
+    "factorize{experts=4},init-router{kind=hidden-layer},train-router{labels=activation loss=bce epochs=2}",
+    "factorize{experts=4},init-router{kind=token-table},set-routing{k=2 scope=model}",
+    "upcycle{experts=3 perturb=drop}",
+    "upcycle{experts=2 granularity=4}",
+    "upcycle{experts=2 kind=ternary shared=seed scale=0.5}",
+    "sparsify-ffn{keep=0.25}",
+    "sparsify-ffn{kind=statistical keep=0.25}",
+    "structure-linear{ratio=0.5}",
+    "share-layers{group=2 taken=average}",
+    "fold-norms",
+)
+ONCE = tuple(pipeline for pipeline in PIPELINES if "init-router" not in pipeline)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Module:
+    module = raised_model("llama", tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
+    moec.run_passes(module, calibrate_text(tmp_path_factory.mktemp("tokens"), rows=80))
+    return module
+
+
+def changed(source: Module, pipeline: str, seed: int = 0) -> Module:
+    module = copy_of(source)
+    moec.run_passes(module, pipeline, seed=seed)
+    return module
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_equal_inputs_give_equal_models_of_finite_numbers(llama: Module, pipeline: str) -> None:
+    one, again = changed(llama, pipeline), changed(llama, pipeline)
+    assert one.print() == again.print()
+    assert output(one).isfinite().all()
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_both_onnx_targets_compute_what_the_pass_made(llama: Module, pipeline: str, tmp_path: Path) -> None:
+    module = changed(llama, pipeline)
+    feeds = function_inputs(module.main, token_batch(module, rows=2, length=24))
+    real = feeds["attention_mask"].bool().numpy()
+    expected = output(module, torch.float32).numpy()
+    for target in ("portable", "ort-cpu"):
+        got, _ = emit_and_run(module, feeds, tmp_path / target, target=parse_target(target))
+        assert np.abs(got["logits"] - expected)[real].max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("pipeline", ONCE)
+def test_a_second_run_changes_nothing_or_is_refused(llama: Module, pipeline: str) -> None:
+    module = changed(llama, pipeline)
+    try:
+        again = changed(module, pipeline)
+    except MoecError as error:
+        assert error.hint or error.message
+    else:
+        assert structural_difference(module.op, again.op) is None
