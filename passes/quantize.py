@@ -66,7 +66,9 @@ class Quantize(Pass):
     with QMoE's damping, ten times that of dense models, because few tokens reach an expert. Its last matrix gets the
     hidden activations of the packed ones before it. Where a moment is not positive definite it is damped more; an
     expert without tokens is rounded to nearest codes, as are matrices outside of feed-forward blocks. The calibration
-    decides which tokens count: `auto` adds all tokens, with the weight of 32, to those that chose the expert.
+    decides which tokens count: `auto` adds all tokens, with the weight of 32, to those that chose the expert. In
+    each of `rounds` codes of integers go on by coordinate descent, and scales are fitted to them; with `refit` the last
+    matrix, unless it comes in bands, is first fitted to make up for what packing took from those before it.
 
     `block-ap` goes on from there for integers (EfficientQAT's first phase, one expert at a time): `steps` of Adam on
     the codes, whose rounding passes gradients, and the scales, for the least error of what the expert gives; zero
@@ -100,6 +102,8 @@ class Quantize(Pass):
     calibration: Policy = option("gptq: tokens that count for an expert", Policy.AUTO)
     damping: float = option("gptq: what is added to the diagonal of a second moment, as a share of its mean", 0.1)
     act_order: bool = option("gptq: columns, or groups of them, in the order of their inputs' size", True)
+    rounds: int = option("gptq, block-ap: how often codes and scales of integers are made better in turn afterwards", 0)
+    refit: bool = option("gptq, block-ap: down makes up for what gate and up lose, before it is rounded", False)
     steps: int = option("block-ap: gradient steps for each expert", 100)
     planned: bool = option("experts: integers of the bits that allocate-bits chose", False)
 
@@ -111,8 +115,10 @@ class Quantize(Pass):
             raise ValueError("give at least one of the sides gate, up and down")
         if not self.damping > 0:
             raise ValueError(f"damping {self.damping:g} is not above 0")
-        if self.steps < 1:
-            raise ValueError("steps must be at least 1")
+        if self.steps < 1 or self.rounds < 0:
+            raise ValueError("steps must be at least 1, and rounds not negative")
+        if self.method is Method.RTN and (self.rounds or self.refit):
+            raise ValueError("rounds and refit go on from the codes of method=gptq")
         if self.method is Method.BLOCK_AP and self.kind is not Kind.INTEGER:
             raise ValueError(f"block-ap trains integers, not {self.kind.value}")
         if self.planned and self.kind not in (Kind.INTEGER, Kind.KMEANS):
@@ -152,7 +158,9 @@ class Quantize(Pass):
             except UnreadableExpertError as error:
                 context.refuse(layer.experts, error.message, self.pass_name)
                 continue
-            rounding: Rounding = self._nearest if inputs is None else _SecondOrder(self, context, inputs, number)
+            rounding: Rounding = self._nearest
+            if inputs is not None and isinstance(expert, FeedForward):
+                rounding = _SecondOrder(self, context, expert, inputs, number)
             bits = None if plan is None else plan[number]
             packed = packer.pack(layer.experts, expert, f"{layer.name}, expert {number}", rounding, bits)
             if packed is not None:
@@ -191,7 +199,7 @@ class Quantize(Pass):
             except UnreadableExpertError as error:
                 context.refuse(layer.op, error.message, self.pass_name)
                 continue
-            packed = packer.pack(layer.op, block, layer.name, self._rounding_of(layer, context))
+            packed = packer.pack(layer.op, block, layer.name, self._rounding_of(layer, block, context))
             if packed is not None:
                 replace_dense(layer, weights, packed)
         self._count(packer.stored, context)
@@ -204,11 +212,11 @@ class Quantize(Pass):
                 self._count([packed], context)
                 pack_place(place, weights, packed)
 
-    def _rounding_of(self, layer: DenseLayer, context: PassContext) -> Rounding:
+    def _rounding_of(self, layer: DenseLayer, block: FeedForward, context: PassContext) -> Rounding:
         """That of a dense block: those beside experts have no calibration of their own."""
         if self.method is Method.RTN or not context.require_calibration().knows(layer):
             return self._nearest
-        return _SecondOrder(self, context, context.require_calibration().sample(layer))
+        return _SecondOrder(self, context, block, context.require_calibration().sample(layer))
 
     def _nearest(self, part: Part) -> Packed:
         return round_matrix(self.target(part.bits), part.weight, part.where)
@@ -221,37 +229,67 @@ class Quantize(Pass):
 
 @dataclass
 class _SecondOrder:
-    """The rounding of GPTQ for one block: the expert `number` of what `inputs` knows, or a dense block of a sample."""
+    """The rounding of GPTQ for one block: the expert `number` of what `inputs` knows, or a dense block of a sample.
+
+    `source` is the block before anything was rounded.
+    """
 
     options: Quantize
     context: PassContext
+    source: FeedForward
     inputs: ExpertInputs | LayerSample
     number: int = 0
     # gate and up read the same rows
     _rows_moment: torch.Tensor | None = field(default=None, repr=False)
 
     def __call__(self, part: Part) -> Packed:
-        if part.side is Side.DOWN:
-            moment = self._moment(part.block, part.side)
-        else:
-            if self._rows_moment is None:
-                self._rows_moment = self._moment(part.block, part.side)
-            moment = self._rows_moment
+        weight, moment = part.weight, self._moment(part)
+        options, target = self.options, self.options.target(part.bits)
+        if part.side is Side.DOWN and options.refit:
+            weight = self._refitted(part, moment)
         if part.inputs is not None:
             moment = moment[part.inputs][:, part.inputs]
-        options, target = self.options, self.options.target(part.bits)
         result = round_second_order(
-            target, part.weight, moment, damping=options.damping, ordered=options.act_order, where=part.where
+            target,
+            weight,
+            moment,
+            damping=options.damping,
+            ordered=options.act_order,
+            rounds=options.rounds,
+            where=part.where,
         )
         self.context.count(options.damped, int(result.fallback is Fallback.MORE_DAMPING))
         self.context.count(options.nearest, int(result.fallback is Fallback.NEAREST))
         return result.packed
 
-    def _moment(self, block: FeedForward, side: Side) -> torch.Tensor:
+    def _moment(self, part: Part) -> torch.Tensor:
+        """That of all inputs of a side."""
+        if part.side is Side.DOWN:
+            rows, weights = self._rows()
+            return second_moment(part.block.hidden_activations(rows), weights)
+        if self._rows_moment is None:
+            self._rows_moment = second_moment(*self._rows())
+        return self._rows_moment
+
+    def _refitted(self, part: Part, moment: torch.Tensor) -> torch.Tensor:
+        """The last matrix that gives for the activations of packed matrices what the source gives for its own."""
+        rows, weights = self._rows()
+        found = part.block.hidden_activations(rows).double()
+        missing = self.source.hidden_activations(rows).double() - found
+        crossed = missing.T @ (found if weights is None else found * weights[:, None])
+        damped = moment.diagonal().mean() * self.options.damping
+        if part.inputs is not None or not bool(crossed.isfinite().all()) or not damped > 0:
+            return part.weight
+        regular = moment + damped * torch.eye(len(moment), dtype=torch.float64)
+        weight = part.weight.double()
+        change: torch.Tensor = torch.linalg.solve(regular, (weight @ crossed).T).T
+        return weight + change
+
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(rows [n, H], their weights [n], None where all count alike)."""
         if isinstance(self.inputs, ExpertInputs):
-            return self.inputs.moment(self.number, block, side)
-        rows = self.inputs.x.float()
-        return second_moment(block.hidden_activations(rows) if side is Side.DOWN else rows)
+            return self.inputs.rows(self.number)
+        return self.inputs.x.float(), None
 
 
 def _bits(stored: Sequence[Packed]) -> float:

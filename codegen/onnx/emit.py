@@ -61,8 +61,9 @@ class OnnxReport:
     """What was emitted.
 
     `node_count` is that of the main graph, `int8_products` the number of nodes that round their activations to int8,
-    `session` how a file with externalised experts is loaded, `weight_bytes` the size of all weights without gaps
-    between them; `without_genai` says why there is no genai_config.json, None if there is.
+    `float_products` that of nodes that could but do not, `session` how a file with externalised experts is loaded,
+    `weight_bytes` the size of all weights without gaps between them; `without_genai` says why there is no
+    genai_config.json, None if there is.
     """
 
     target: Target
@@ -74,6 +75,7 @@ class OnnxReport:
     layers: tuple[LayerLowering, ...]
     without_genai: str | None
     int8_products: int = 0
+    float_products: int = 0
     session: SessionFacts | None = None
 
 
@@ -132,7 +134,7 @@ def emit_onnx(
         files,
         tuple(context.lowerings),
         without_genai,
-        _int8_products(proto),
+        *_packed_products(proto),
         session,
     )
 
@@ -152,10 +154,11 @@ def _session_facts(context: Context, module: Module, folder: Path) -> SessionFac
     return SessionFacts({} if packed else {"session.disable_prepacking": "1"})
 
 
-def _int8_products(model: onnx.ModelProto) -> int:
+def _packed_products(model: onnx.ModelProto) -> tuple[int, int]:
+    """The numbers of nodes that multiply packed weights with activations in int8, and in float32."""
     nodes = [node for function in model.functions for node in function.node] + list(model.graph.node)
-    attributes = [attribute for node in nodes for attribute in node.attribute]
-    return sum(attribute.name == "accuracy_level" and attribute.i > 0 for attribute in attributes)
+    levels = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "accuracy_level"]
+    return sum(level > 0 for level in levels), sum(level == 0 for level in levels)
 
 
 def emit_function(context: Context, function: FuncOp) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import moec
-from moec.artifact.activations import activations_entry, uses_int8
+from moec.artifact.activations import activations_entry, speed_hints, uses_int8
 from moec.artifact.checkpoint import compare_checkpoint, emit_checkpoint
 from moec.artifact.emission import emit_folder
 from moec.artifact.folder import atomic_folder
@@ -62,7 +62,10 @@ _VERSIONED = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxru
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What a compilation made. `folder` is the artifact; `pipeline_report` has statistics, refusals and remarks."""
+    """What a compilation made. `folder` is the artifact; `pipeline_report` has statistics, refusals and remarks.
+
+    `hints` are options that would make the artifact faster at a price, in sentences.
+    """
 
     folder: Path
     module: Module
@@ -70,6 +73,7 @@ class CompileResult:
     measurements: Measurements
     report: Report
     pipeline_report: PipelineReport
+    hints: tuple[str, ...] = ()
 
 
 def compile_folder(
@@ -202,7 +206,8 @@ def compile_folder(
         checkpoint_bytes = sum(path.stat().st_size for path in (folder / CHECKPOINT_FOLDER).glob("*"))
         report = _report(source, module, emitted, manifest, measurements, before.bytes, checkpoint_bytes)
         write_report(folder, report)
-    return CompileResult(output, module, manifest, measurements, report, outcome)
+    hints = () if emitted is None else speed_hints(emitted)
+    return CompileResult(output, module, manifest, measurements, report, outcome, hints)
 
 
 def _copy(module: Module) -> Module:

@@ -145,6 +145,9 @@ def compile_command(
     if explain:
         typer.echo()
         typer.echo(result.pipeline_report.explanation_text() or "no pass refused anything")
+    for hint in result.hints:
+        typer.echo()
+        typer.echo(f"hint: {hint}")
     cost = result.measurements.actual
     ledger = sum(item.ledger_seconds for item in result.measurements.passes)
     typer.echo()

@@ -13,8 +13,9 @@ from enum import Enum
 
 import torch
 
-from moec.dialects.quant import Codebook, Span
+from moec.dialects.quant import Codebook, Integer, Span
 from moec.errors import UsageError
+from moec.quantization.descent import descend
 from moec.quantization.grids import Grid, fit_grid
 from moec.quantization.packed import Packed, groups_of
 from moec.quantization.rounding import Target, pack, round_groups
@@ -47,6 +48,7 @@ def round_second_order(
     *,
     damping: float = 0.1,
     ordered: bool = True,
+    rounds: int = 0,
     where: str = "",
 ) -> SecondOrderResult:
     """The matrix [N, K] in a format, for inputs of second moment [K, K] (any multiple of it, symmetric).
@@ -54,6 +56,7 @@ def round_second_order(
     `damping`: what is added to the diagonal of the moment, as a share of its mean; ten and a hundred times as much
     where the moment is not positive definite, and nearest codes where that fails too, or where there are no inputs.
     `ordered`: columns of large inputs first; where groups share scales, whole groups move, so that no index is stored.
+    `rounds`: how often codes and scales of integers are made better in turn afterwards, on the damped moment.
     Raises UsageError for a matrix that does not fit the format or is not finite.
     """
     weight = weight.double()
@@ -66,6 +69,8 @@ def round_second_order(
             return SecondOrderResult(pack(target, weight.shape[1], *round_groups(target, weight)), Fallback.NEAREST)
         order = _order(target, moment, ordered)
         grid, codes = _round_columns(target, weight, factor(order), order)
+        if rounds and isinstance(target.format, Integer):
+            grid, codes = descend(grid, codes, weight, factor.moment, rounds)
     except UsageError as error:
         raise UsageError(error.message, where=where, hint=error.hint) from error
     return SecondOrderResult(pack(target, weight.shape[1], grid, codes), fallback)

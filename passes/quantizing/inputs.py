@@ -8,8 +8,7 @@ from enum import Enum
 import torch
 
 from moec.calibration.sample import LayerSample
-from moec.experts import FeedForward, MoeLayer
-from moec.passes.factoring.sides import Side
+from moec.experts import MoeLayer
 
 
 class Policy(Enum):
@@ -25,10 +24,11 @@ class Policy(Enum):
     ALL = "all"
     BALANCED = "balanced"
     AUTO = "auto"
+    OUTPUT = "output"
 
 
 PRIOR_ROWS = 32.0
-"""AUTO: all rows of the sample together weigh as much as so many rows that chose the expert."""
+"""AUTO and OUTPUT: all rows of the sample together weigh as much as so many rows that chose the expert."""
 
 
 def second_moment(rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -59,18 +59,12 @@ class ExpertInputs:
             case Policy.BALANCED:
                 indices = torch.cat([chosen, self._next_best(number, chosen)])
                 weights = torch.ones(len(indices), dtype=torch.float64)
-            case Policy.AUTO:
+            case Policy.AUTO | Policy.OUTPUT:
                 indices = torch.arange(count)
                 weights = torch.full((count,), PRIOR_ROWS / max(count, 1), dtype=torch.float64)
-                weights[chosen] += 1.0
+                squares = gates.square() if self.policy is Policy.OUTPUT else torch.ones_like(gates)
+                weights[chosen] += squares / squares.mean().clamp_min(torch.finfo(torch.float64).tiny)
         return self.sample.x[indices].float(), weights
-
-    def moment(self, number: int, block: FeedForward, side: Side) -> torch.Tensor:
-        """Weighted sum of x x^T, float64 [K, K], over the inputs of one matrix of `block`."""
-        rows, weights = self.rows(number)
-        if side is Side.DOWN:
-            rows = block.hidden_activations(rows)
-        return second_moment(rows, weights)
 
     def _next_best(self, number: int, chosen: torch.Tensor) -> torch.Tensor:
         """Rows that did not choose the expert, by the logit of its best router output, up to the mean count."""

@@ -13,8 +13,11 @@ from onnx.reference import ReferenceEvaluator
 from moec.artifact.options import Activations
 from moec.codegen.onnx.emit import MODEL_FILE
 from moec.codegen.onnx.targets import Target
-from tests.codegen.packed_matrices import FORMATS, linear_module, random_packed
+from moec.dialects import aten
+from moec.ir import DType, TensorType, symbol
+from tests.codegen.packed_matrices import FORMATS, ModuleBuilder, linear_module, random_packed
 from tests.codegen.running import assert_close, emit_and_run, module_of, reference
+from tests.ir.build import f32
 
 ROWS, COLUMNS = 24, 96
 # formats that the kernels of ONNX Runtime cannot take
@@ -97,3 +100,38 @@ def test_rows_of_any_length(columns: int, target: Target, tmp_path: Path) -> Non
         feeds = {"x": torch.randn((1, 4, columns), generator=generator)}
         found, _ = emit_and_run(module, feeds, tmp_path / name, target=target)
         assert_close(found["y"], reference(module, feeds)["y"])
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "gathered"),
+    [
+        ("int4 row", 64, True),
+        ("int4 g32 zero points", 128, True),
+        ("int8 g32 zero points", 64, True),
+        ("int8 row", 256, True),
+        # three zero points of four bits fill no whole bytes, a row of 96 is no power of two
+        ("int4 g32 zero points", 96, False),
+        ("int4 row", 96, False),
+        ("int3 g32 zero points", 64, False),
+        ("int4 g8", 64, False),
+        ("int4 g16 float zeros", 64, False),
+    ],
+)
+def test_rows_of_a_table_that_is_the_head_too(name: str, columns: int, gathered: bool, tmp_path: Path) -> None:
+    packed = random_packed(FORMATS[name], ROWS, columns, _seed(name))
+    shape = (symbol("batch"), symbol("seq"))
+    builder = ModuleBuilder({"x": TensorType(shape, DType.I64)})
+    table = builder.dequant("table", packed)
+    ids = {"weight": table, "indices": builder.function.arguments[0]}
+    rows = aten.build("embedding.default", ids, (f32(*shape, columns),))
+    logits = aten.build("linear.default", {"input": rows.result, "weight": table}, (f32(*shape, ROWS),))
+    for op in (rows, logits):
+        builder.function.body.append(op)
+    module = module_of(builder.finish(logits.result), builder.weights)
+    feeds = {"x": torch.randint(0, ROWS, (2, 5), generator=_seed(name))}
+    for target in Target:
+        found, report = emit_and_run(module, feeds, tmp_path / target.value, target=target)
+        assert_close(found["y"], reference(module, feeds)["y"])
+        nodes = onnx.load(tmp_path / target.value / MODEL_FILE, load_external_data=False).graph.node
+        assert ("GatherBlockQuantized" in {node.op_type for node in nodes}) is (gathered and target is Target.ORT_CPU)
+        assert report.weight_bytes == packed.nbytes

@@ -9,11 +9,10 @@ import torch
 
 from moec.api import run_passes
 from moec.errors import UsageError
-from moec.experts import FeedForward, find_moe_layers, load_expert, run_layer
+from moec.experts import find_moe_layers, run_layer
 from moec.ir import print_operation
 from moec.module import Module
-from moec.passes.factoring.sides import Side
-from moec.passes.quantizing.inputs import ExpertInputs, Policy
+from moec.passes.quantizing.inputs import PRIOR_ROWS, ExpertInputs, Policy, second_moment
 from tests.experts.models import calibrate_text, copy_of, raised_model
 
 OPTIONS = "bits=3 group=16"
@@ -51,6 +50,20 @@ def test_layers_move_less_than_by_rounding(source: Module, policy: Policy) -> No
     nearest = sample_error(source, quantized(source, OPTIONS))
     found = sample_error(source, quantized(source, f"{OPTIONS} method=gptq calibration={policy.value}"))
     assert found < 0.85 * nearest
+
+
+def test_descent_and_a_fitted_last_matrix_err_less(source: Module) -> None:
+    options = f"{OPTIONS} method=gptq damping=0.01"
+    plain = sample_error(source, quantized(source, options))
+    descended = sample_error(source, quantized(source, f"{options} rounds=2"))
+    assert descended < 0.95 * plain
+    assert sample_error(source, quantized(source, f"{options} rounds=2 refit")) < 0.97 * descended
+
+
+def test_they_go_on_from_gptq(source: Module) -> None:
+    for option in ("rounds=1", "refit"):
+        with pytest.raises(UsageError, match="go on from the codes of method=gptq"):
+            quantized(source, f"{OPTIONS} {option}")
 
 
 def test_trits_too(source: Module) -> None:
@@ -98,16 +111,17 @@ def test_policies_choose_rows(source: Module) -> None:
     }
     assert counts[Policy.ROUTED] == counts[Policy.AFFINITY]
     assert sum(counts[Policy.ROUTED]) == len(sample) * layer.top_k
-    assert set(counts[Policy.ALL]) == set(counts[Policy.AUTO]) == {len(sample)}
+    assert set(counts[Policy.ALL]) == set(counts[Policy.AUTO]) == set(counts[Policy.OUTPUT]) == {len(sample)}
     mean = len(sample) * layer.top_k // layer.expert_count
     assert [max(count, mean) for count in counts[Policy.ROUTED]] == counts[Policy.BALANCED]
     rare = min(range(layer.expert_count), key=counts[Policy.ROUTED].__getitem__)
-    expert = load_expert(layer, source.weights, rare)
-    assert isinstance(expert, FeedForward)
     rows, gates = sample.chosen(layer, rare)
-    affinity = ExpertInputs(layer, sample, Policy.AFFINITY).moment(rare, expert, Side.UP)
+    affinity = second_moment(*ExpertInputs(layer, sample, Policy.AFFINITY).rows(rare))
     x = sample.x[rows].double()
     assert torch.allclose(affinity, (x * gates[:, None]).T @ x)
+    prior = PRIOR_ROWS / len(sample) * sample.x.double().T @ sample.x.double()
+    output = second_moment(*ExpertInputs(layer, sample, Policy.OUTPUT).rows(rare))
+    assert torch.allclose(output - prior, (x * (gates.square() / gates.square().mean())[:, None]).T @ x)
 
 
 @pytest.mark.slow

@@ -5,14 +5,17 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, NamedWeight
+from moec.codegen.onnx.graph import MICROSOFT
 from moec.codegen.onnx.packed.decode import decode
 from moec.codegen.onnx.packed.kernel import kernel_product
 from moec.codegen.onnx.packed.kernel_form import KernelForm, kernel_form
 from moec.codegen.onnx.packed.matrix import PackedMatrix, packed_matrix
-from moec.dialects.quant import BlockFloat, DequantOp, Format, TernaryDictionary
+from moec.dialects.quant import BlockFloat, DequantOp, Format, Integer, TernaryDictionary, ZeroPoint
 from moec.ir.operation import Value
+from moec.ir.types import DType
 
 _END = (1 << 63) - 1
+_GATHERED_BITS = (4, 8)
 
 
 def usable_form(context: Context, packed: Format, columns: int) -> KernelForm | None:
@@ -53,6 +56,8 @@ def packed_rows(context: Context, packed: PackedMatrix[NamedWeight], ids: ir.Val
     b = context.builder
     if isinstance(packed.format, TernaryDictionary):
         return b.op("Gather", decoded(context, packed), ids, axis=0)
+    if context.options.target.profile.contrib and _gathers_packed(packed):
+        return _gathered(context, packed, ids)
     flat = b.reshape(ids, (-1,))
 
     def some(name: str, weight: NamedWeight) -> ir.Value:
@@ -63,6 +68,36 @@ def packed_rows(context: Context, packed: PackedMatrix[NamedWeight], ids: ir.Val
     rows = decode(b, packed.map(some))
     shape = b.op("Concat", b.op("Shape", ids), b.ints(packed.columns), axis=0)
     return b.op("Reshape", rows, shape)
+
+
+def _gathers_packed(packed: PackedMatrix[NamedWeight]) -> bool:
+    """Whether `com.microsoft::GatherBlockQuantized` reads the matrix as it is stored."""
+    kind = packed.format
+    if not isinstance(kind, Integer) or kind.bits not in _GATHERED_BITS or packed.number_type is not DType.F32:
+        return False
+    rows, groups = kind.scale_shape(packed.rows, packed.columns)
+    block = packed.columns // groups
+    # its blocks are powers of two from 16 on, and zero points of a row fill whole bytes
+    fits = block >= 16 and block & (block - 1) == 0 and rows == packed.rows
+    return fits and (kind.zero_point is ZeroPoint.MIDDLE or (kind.zero_point is ZeroPoint.INTEGER and groups % 2 == 0))
+
+
+def _gathered(context: Context, packed: PackedMatrix[NamedWeight], ids: ir.Value) -> ir.Value:
+    kind = packed.format
+    assert isinstance(kind, Integer)
+    names = ("codes", "scales") if kind.zero_point is ZeroPoint.MIDDLE else ("codes", "scales", "zero_points")
+    stored = [context.stored_as_is(packed[name].expression, packed[name].name) for name in names]
+    return context.builder.op(
+        "GatherBlockQuantized",
+        stored[0],
+        ids,
+        *stored[1:],
+        domain=MICROSOFT,
+        bits=kind.bits,
+        block_size=packed.columns // kind.scale_shape(packed.rows, packed.columns)[1],
+        gather_axis=0,
+        quantize_axis=1,
+    )
 
 
 def _late(context: Context, packed: Format, name: str, weight: NamedWeight) -> ir.Value:
