@@ -27,6 +27,10 @@ class ActivationSource:
     torch: tuple[str, ...]
 
 
+LINEAR = ActivationSource(False, ("return up",), ("return up",))
+"""No function: for experts that are one linear map."""
+
+
 @dataclass(frozen=True)
 class _Spelling:
     """Templates over the operands `{0}`, `{1}` and the arguments by name."""

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from moec.codegen.triton.architectures import Architecture
+from moec.codegen.triton.other_kernels import other_kernels
 from moec.codegen.triton.running import INTERPRET, require_triton
 from moec.codegen.triton.spec import Element
 from moec.codegen.triton.tiles import Phase, Tile
@@ -32,9 +33,16 @@ _POINTEES = {
     "logit_bias": "fp32",
     "select_bias": "fp32",
     "per_expert_scale": "fp32",
+    "parts": "i32",
+    "new_ids": "i64",
+    "new_gates": "fp32",
+    "shared_gates": "fp32",
 }
 _ELEMENTS = {Element.FLOAT32: "fp32", Element.FLOAT16: "fp16", Element.BFLOAT16: "bf16"}
-_ELEMENT_POINTERS = frozenset({"x", "hidden", "y", "result", "float"})
+_ELEMENT_POINTERS = frozenset(
+    {"x", "hidden", "y", "result", "float", "inner", "outer", "latent"}
+    | {f"{side}_{factor}" for side in ("input", "output") for factor in ("left", "right", "latent")}
+)
 BINARIES_FILE = "kernels.json"
 _CHUNK, _SCAN_ROWS, _LARGEST_BLOCK = 128, 16, 1024
 
@@ -110,16 +118,29 @@ class Package:
                     yield Launch(
                         name, getattr(kind, name), constants, tile.warps, tile.stages, kind.NAME, product, phase, tile
                     )
+            yield from self._others(kind, architecture)
         for experts in sorted({kind.EXPERTS for kind in self.kinds}):
             sizes = (("EXPERTS", experts), ("BINS", 1 << experts.bit_length()))
             for name, last in (("count_slots", "CHUNK"), ("scan_counts", "ROWS"), ("place_slots", "CHUNK")):
                 size = _SCAN_ROWS if last == "ROWS" else _CHUNK
                 yield Launch(name, getattr(self.sorting, name), (*sizes, (last, size)), 4, 3)
-        for hidden, top_k in sorted({(kind.HIDDEN_SIZE, kind.TOP_K) for kind in self.kinds}):
+        for hidden, top_k in sorted({(kind.HIDDEN_SIZE, kind.SLOTS) for kind in self.kinds}):
             block = min(_LARGEST_BLOCK, 1 << (hidden - 1).bit_length())
             yield Launch(
                 "combine", self.sorting.combine, (("HIDDEN", hidden), ("TOP_K", top_k), ("BLOCK", block)), 4, 3
             )
+
+    def _others(self, kind: ModuleType, architecture: Architecture) -> Iterator[Launch]:
+        for item in other_kernels(kind):
+            function = getattr(kind, item.name)
+            if not item.product:
+                yield Launch(item.name, function, item.constants, 4, 3, kind.NAME, "", item.phase)
+                continue
+            tile = Tile(*self.tiles[architecture.name][f"{kind.NAME}/{item.phase.value}/{item.product}"])
+            whole = item.name == "latent_rows" and kind.HIDDEN_SIZE % tile.block_k == 0
+            sizes = (("BLOCK_M", tile.block_m), ("BLOCK_N", tile.block_n), ("BLOCK_K", tile.block_k), ("WHOLE", whole))
+            constants = (*item.constants, *sizes)
+            yield Launch(item.name, function, constants, tile.warps, tile.stages, kind.NAME, "", item.phase)
 
 
 def compile_launch(launch: Launch, architecture: Architecture, element: Element) -> Compiled:
@@ -165,7 +186,7 @@ def argument_type(name: str, element: Element) -> str:
         return f"*{_ELEMENTS[element]}"
     if pointee in _POINTEES:
         return f"*{_POINTEES[pointee]}"
-    if pointee.endswith(("_scales", "_zeros")):
+    if pointee.endswith(("_scales", "_zeros", "_shifts")):
         return "*fp32"
     return "*i8" if pointee.startswith("int8") else "*i16"
 

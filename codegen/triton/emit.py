@@ -45,7 +45,8 @@ def emit_triton(module: Module, folder: Path, *, element: Element) -> TritonRepo
         file = f"{WEIGHTS_FOLDER}/layer_{number:03d}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in found.tensors.items()}, str(package / file))
         weight_bytes += sum(tensor.nbytes for tensor in found.tensors.values())
-        rows.append({"name": found.name, "kind": kinds.index(found.kind), "weights": file})
+        with_it = [name for shared in found.block.shared for name in shared.modules]
+        rows.append({"name": found.name, "kind": kinds.index(found.kind), "weights": file, "shared": with_it})
     for name, text in render_package(kinds).items():
         (package / name).write_text(text, encoding="utf-8")
     _write_json(package / LAYERS_FILE, {"element": element.value, "kinds": len(kinds), "layers": rows})

@@ -18,7 +18,7 @@ from moec.quantization.packing import unpack_bits
 if TYPE_CHECKING:
     from moec.quantization.packed import Packed
 
-_BYTE_STEP = 32
+BYTE_STEP = 32
 """Columns of bytes that one matrix instruction takes at least."""
 
 
@@ -28,17 +28,19 @@ def code_matrix(matrix: Matrix, where: str) -> CodedMatrix:
         return CodedMatrix(FLOAT, matrix.weight)
     if isinstance(matrix, Quantized):
         return _coded(matrix.packed, where)
-    raise _refusal("factored matrices of experts", where)
+    raise _refusal(f"matrices of experts that are {type(matrix).__name__.lower()}", where)
 
 
 def _coded(packed: Packed, where: str) -> CodedMatrix:
     kind = packed.format
     scales = packed.scales.float()
     if isinstance(kind, Ternary | TernaryDictionary):
-        if kind.levels is Levels.EXTREMES:
-            raise _refusal("trits with two levels", where)
         # 0, lower, upper become 1, 0, 2: the middle is 1
         codes = torch.tensor([1, 0, 2], dtype=torch.uint8)[packed.integer_codes().long()]
+        if kind.levels is Levels.EXTREMES:
+            both = scales.expand(len(codes), -1)
+            lower, upper = both[:, :1], both[:, 1:]
+            return CodedMatrix(MatrixFormat(2, 1, two_levels=True), codes, (upper - lower) / 2, (upper + lower) / 2)
         group = kind.group if isinstance(kind, Ternary) and kind.span is Span.GROUP else 0
         return _with_scales(codes, 2, 1, scales, None, packed.columns, group, where)
     if not isinstance(kind, Integer):
@@ -77,7 +79,7 @@ def _with_scales(
     stored = 0
     if group and group < columns:
         stored = group if group % PLANE_BLOCK == 0 else math.gcd(group, PLANE_BLOCK)
-        smallest = _BYTE_STEP if bits == 8 else PLANE_BLOCK * bits // 16
+        smallest = BYTE_STEP if bits == 8 else PLANE_BLOCK * bits // 16
         if stored < smallest:
             raise _refusal(f"a scale for every {group} weights of {bits} bits", where)
         found = [None if item is None else item.repeat_interleave(group // stored, dim=1) for item in found]

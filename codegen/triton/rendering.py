@@ -10,8 +10,8 @@ from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from moec.codegen.triton.packing import TABLE_COLUMNS, Column
-from moec.codegen.triton.spec import PLANE_BLOCK, WIDTH_UNIT, Element, LayerKind, Product
+from moec.codegen.triton.packing import FIRST_COLUMNS, Column
+from moec.codegen.triton.spec import PLANE_BLOCK, WIDTH_UNIT, Element, Factors, LayerKind, Product
 from moec.dialects.moe import Select
 
 PACKAGE_NAME = "moec_kernels"
@@ -21,6 +21,7 @@ ROUTE_OPERANDS = ("logit_bias", "mask", "select_bias", "per_expert_scale")
 """Vectors with one number per router output that a route may have, in the order of the kernel's arguments."""
 
 _KERNELS = "kernels.py.j2"
+_LINE = 120
 _ROUTE_BLOCK = 1024  # numbers of a block of logits
 _SHANNON = 1e-6  # orders of entropy this near to 1 are 1, as in the reference
 # finite stand-ins for minus infinity: masked, lower than every choice, and taken already
@@ -45,9 +46,11 @@ def render_package(kinds: Sequence[LayerKind]) -> dict[str, str]:
         found[f"kind_{number}.py"] = _render(_KERNELS, **values)
         found[f"reference_{number}.py"] = _render("reference.py.j2", **values)
     digest = hashlib.sha256("".join(found.values()).encode()).hexdigest()[:12]
+    every = range(len(kinds))
     shared = {
         "package": PACKAGE_NAME,
         "kinds": len(kinds),
+        "modules": [f"kind_{n}" for n in every] + ["launch"] + [f"reference_{n}" for n in every],
         "namespace": f"moec_{digest}",
         "element": kinds[0].element.value,
     }
@@ -63,7 +66,33 @@ def tensor_names(product: Product, side: str) -> tuple[str, ...]:
         names.append(f"{side}_{item.name}")
         names += [f"{side}_{item.name}_scales"] * item.packed
         names += [f"{side}_{item.name}_zeros"] * item.zero_points
+        names += [f"{side}_{item.name}_shifts"] * item.two_levels
     return tuple(names)
+
+
+def factor_names(kind: LayerKind) -> tuple[str, ...]:
+    """The tensors of factored matrices that a kind of layer has, and of what turns choices into slots."""
+    factors = kind.factors
+    present = {
+        "input_left": factors.input_rank,
+        "input_right": factors.own_input,
+        "input_latent": factors.latent,
+        "output_left": factors.own_output,
+        "output_right": factors.output_rank,
+        "output_latent": factors.output_latent,
+        "parts": kind.expanded,
+        "shared_gates": kind.has_shared_gates,
+    }
+    return tuple(name for name, size in present.items() if size)
+
+
+def _ranks(kind: LayerKind) -> dict[str, int]:
+    return {"input": kind.factors.input_rank, "output": max(kind.factors.output_rank, kind.factors.output_latent)}
+
+
+def _rank_block(kind: LayerKind, rank: int) -> int:
+    """Columns that one step of a loop over a rank takes."""
+    return max(WIDTH_UNIT, min(_power_of_two(rank), 32 if kind.element is Element.FLOAT32 else 64))
 
 
 def route_operands(kind: LayerKind) -> tuple[str, ...]:
@@ -90,8 +119,12 @@ def _values(kind: LayerKind, name: str) -> dict[str, object]:
         "ranks": last_ranks.get(routing.select, kind.outputs),
         "route_tokens": max(1, _ROUTE_BLOCK // outputs_padded) if outputs_padded < _ROUTE_BLOCK else 1,
         "entropy_is_shannon": abs(routing.entropy_q - 1.0) < _SHANNON,
-        "table_columns": TABLE_COLUMNS,
+        "table_columns": len(Column) if kind.factors != Factors() or len(kind.activations) > 1 else FIRST_COLUMNS,
+        "column": {column.name.lower(): int(column) for column in Column},
         "bias_column": int(Column.BIAS_OFFSET),
+        "factor_names": factor_names(kind),
+        "rank_block": {side: _rank_block(kind, size) for side, size in _ranks(kind).items()},
+        "expanded_padded": _power_of_two(kind.slots),
         "width_unit": WIDTH_UNIT,
         "plane_block": PLANE_BLOCK,
         "never": _NEVER,
@@ -134,16 +167,24 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["quoted"] = _quoted
+    environment.filters["imported"] = _imported
     return environment
 
 
-def _quoted(value: object) -> str:
-    """A string or a tuple of strings as Python source."""
+def _quoted(value: object, before: int = 0) -> str:
+    """A string or a tuple of strings as Python source, behind `before` characters of a line."""
     if isinstance(value, str):
         return '"' + value.encode("unicode_escape").decode().replace('"', '\\"') + '"'
     assert isinstance(value, tuple | list)
-    items = ", ".join(_quoted(item) for item in value)
-    return f"({items},)" if len(value) == 1 else f"({items})"
+    items = [_quoted(item) for item in value]
+    line = f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
+    return line if before + len(line) <= _LINE else "(\n" + "".join(f"    {item},\n" for item in items) + ")"
+
+
+def _imported(names: Sequence[str], before: int = 0) -> str:
+    """Names to import, on one line where they fit behind `before` characters."""
+    line = ", ".join(names)
+    return line if before + len(line) <= _LINE else "(\n" + "".join(f"    {name},\n" for name in names) + ")"
 
 
 def _render(template: str, **values: object) -> str:

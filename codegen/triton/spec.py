@@ -12,6 +12,7 @@ from enum import Enum
 import torch
 
 from moec.codegen.triton.activation import ActivationSource
+from moec.codegen.triton.router_path import RouterSource
 from moec.dialects.moe import Routing
 
 WIDTH_UNIT = 16
@@ -49,12 +50,14 @@ class MatrixFormat:
     16-bit word; a word holds one code of each of as many equal parts of a block of `PLANE_BLOCK` columns, so that the
     codes of one plane are neighbours. A number is scale * (code - middle - zero point). `scale_columns` neighbours in a
     row share a scale, all of them where it is 0; `zero_points`: whether there is one float beside each scale.
+    `two_levels`, of trits of whole rows: the float beside the scale is another scale, that of |code - middle|.
     """
 
     bits: int = 0
     middle: int = 0
     scale_columns: int = 0
     zero_points: bool = False
+    two_levels: bool = False
 
     @property
     def packed(self) -> bool:
@@ -93,7 +96,8 @@ class MatrixFormat:
         if not self.packed:
             return "float"
         base = "ternary" if self.bits == 2 and self.middle == 1 else f"int{self.bits}"
-        return base + (f"_group{self.scale_columns}" if self.scale_columns else "") + ("_zero" * self.zero_points)
+        more = "_zero" * self.zero_points + "_levels" * self.two_levels
+        return base + (f"_group{self.scale_columns}" if self.scale_columns else "") + more
 
 
 FLOAT = MatrixFormat()
@@ -116,7 +120,8 @@ class Product:
     `results`: the blocks it gives. `source`: the pointer whose rows it multiplies. `columns`: their length, 0 for an
     expert's width; `extent` the same with padding. `rows`: rows of all its matrices, 0 where widths differ. `stride`,
     `scale_stride`: elements from one expert to the next, 0 where a table says where an expert lies. `table`: the column
-    of the table that holds the number of the format; offsets of codes and of scales are in the next two.
+    of the table that holds the number of the format; offsets of codes and of scales are in the next two. `optional`:
+    some experts have no such matrix, and -1 in that column.
     """
 
     results: tuple[str, ...]
@@ -127,6 +132,7 @@ class Product:
     stride: int
     scale_stride: int
     table: int
+    optional: bool = False
 
     @property
     def scaled(self) -> bool:
@@ -135,7 +141,7 @@ class Product:
 
     def fewest_bits(self, element: Element) -> float:
         """Bits that a weight takes in the smallest of the formats, with its part of scales and zero points."""
-        return min(item.bits_per_weight(element) for item in self.formats)
+        return min((item.bits_per_weight(element) for item in self.formats), default=8.0 * element.nbytes)
 
     def extent(self, item: MatrixFormat) -> int:
         """Stored columns of a row in a format, 0 for an expert's width."""
@@ -143,12 +149,33 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """Matrices of few rows that experts multiply through: left @ (right @ x). Sizes are padded, 0 where there is none.
+
+    Of gate and up, `input_rank` is the largest rank; right factors are an expert's own (`own_input`), or projections of
+    all rows into `latent` numbers. Of down, `output_rank` is the largest rank; left factors are an expert's own
+    (`own_output`), or read the sum over a token's slots, `output_latent` numbers.
+    """
+
+    input_rank: int = 0
+    own_input: bool = False
+    latent: int = 0
+    output_rank: int = 0
+    own_output: bool = False
+    output_latent: int = 0
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """What layers of one file of kernels have in common.
 
-    `outputs` are the router's, `experts` the stored ones; `identity` says that output i is expert i. `width` is the
-    padded width of every expert, 0 where they differ; then `largest_width` bounds them. `input_formats` are the formats
-    of gate and up, `output_formats` those of down, in the order in which experts name them.
+    `router` is there where the router is more than a linear map. `outputs` are the router's, `experts` what slots
+    name: stored experts, or parts of them, and behind those the parts that every token has. `identity` says that output
+    i is expert i. `width` is the padded width of every expert, 0 where they differ; then `largest_width` bounds them.
+    `input_formats` are the formats of gate and up, `output_formats` those of down, in the order in which experts name
+    them. `scattered`: only the table says where matrices of the two products lie; `optional`: some experts have none.
+    `parts`: how many parts an expert may have; `shared_gates`: for each part that every token has, its row of the
+    matrix of gates, -1 for the weight 1.
     """
 
     element: Element
@@ -158,30 +185,56 @@ class LayerKind:
     top_k: int
     routing: Routing
     route_operands: RouteOperands
-    router_bias: bool
+    router: RouterSource | None
     identity: bool
-    activation: ActivationSource
+    activations: tuple[ActivationSource, ...]
     width: int
     largest_width: int
     biases: bool
     input_formats: tuple[MatrixFormat, ...]
     output_formats: tuple[MatrixFormat, ...]
+    scattered: tuple[bool, bool] = (False, False)
+    optional: tuple[bool, bool] = (False, False)
+    factors: Factors = Factors()
+    parts: int = 1
+    shared_gates: tuple[int, ...] = ()
 
     @property
     def gated(self) -> bool:
         """Whether experts have a gate beside up."""
-        return self.activation.gated
+        return any(item.gated for item in self.activations)
+
+    @property
+    def expanded(self) -> bool:
+        """Whether a choice of the router stands for other slots than itself."""
+        return self.parts > 1 or bool(self.shared_gates)
+
+    @property
+    def slots(self) -> int:
+        """Slots of a token behind the router's choice: the parts of its experts, and those that every token has."""
+        return self.top_k * self.parts + len(self.shared_gates)
+
+    @property
+    def has_shared_gates(self) -> bool:
+        """Whether a part that every token has is weighted by the token."""
+        return any(row >= 0 for row in self.shared_gates)
+
+    @property
+    def has_down(self) -> bool:
+        """Whether any expert adds something else to the result than through a common left factor."""
+        return bool(self.output_formats) or self.factors.own_output or self.biases
 
     @property
     def gate_up(self) -> Product:
         """The product in front of the activation."""
         results = ("gate", "up") if self.gated else ("up",)
-        return self._product(results, "x_ptr", self.input_formats, self.hidden_size, len(results) * self.width, 1)
+        rows = len(results) * self.width
+        return self._product(results, "x_ptr", self.input_formats, self.hidden_size, rows, 1, 0)
 
     @property
     def down(self) -> Product:
         """The product behind the activation."""
-        return self._product(("down",), "hidden_ptr", self.output_formats, self.width, self.hidden_size, 4)
+        return self._product(("down",), "hidden_ptr", self.output_formats, self.width, self.hidden_size, 4, 1)
 
     def _product(
         self,
@@ -191,11 +244,12 @@ class LayerKind:
         columns: int,
         rows: int,
         table: int,
+        side: int,
     ) -> Product:
         stride = scale_stride = 0
-        if self.width and len(formats) == 1:
+        if self.width and len(formats) == 1 and not self.scattered[side]:
             stride, scale_stride = stored_sizes(formats[0], rows, columns)
-        return Product(results, source, formats, columns, rows, stride, scale_stride, table)
+        return Product(results, source, formats, columns, rows, stride, scale_stride, table, self.optional[side])
 
 
 def padded(size: int, unit: int) -> int:

@@ -11,11 +11,14 @@ from moec.artifact.measurements import VerificationRow
 from moec.artifact.options import OutputDType
 from moec.artifact.tokens import TokenBatch, function_inputs
 from moec.artifact.verification import TIE_MARGIN
+from moec.codegen.triton.beside import block_of
 from moec.codegen.triton.emit import emit_triton
+from moec.codegen.triton.reading import layers_of
 from moec.codegen.triton.rendering import PACKAGE_NAME
 from moec.codegen.triton.running import LayerRows, run_layers
 from moec.codegen.triton.spec import Element
 from moec.dialects.moe import ExpertsOp, RouteOp
+from moec.ir import Operation
 from moec.module import Module
 from moec.reference.agreement import record_route
 from moec.reference.executor import Executor
@@ -37,7 +40,10 @@ class _Rows:
 
 @dataclass
 class _Tap:
+    """Collects rows; `results` are the operations that give a layer's output, its shared experts added."""
+
     keep: torch.Tensor
+    results: dict[Operation, int]
     layers: list[_Rows] = field(default_factory=list)
     tied: dict[RouteOp, torch.Tensor] = field(default_factory=dict)
 
@@ -49,6 +55,9 @@ class _Tap:
             assert isinstance(route, RouteOp)
             rows = [seen.operand(seen.op.x), seen.results[0], self.tied[route]]
             self.layers.append(_Rows(*(value[self.keep].clone() for value in rows)))
+        if seen.op in self.results and not isinstance(seen.op, ExpertsOp):
+            y = seen.results[0]
+            self.layers[self.results[seen.op]].y = y.reshape(-1, y.shape[-1])[self.keep].clone()
 
 
 def emit_kernels(module: Module, folder: Path, dtype: OutputDType) -> None:
@@ -62,7 +71,8 @@ def compare_kernels(folder: Path, module: Module, batch: TokenBatch, dtype: Outp
     Runs on a GPU where there is one, else in the interpreter. Raises UsageError without triton.
     """
     tokens = torch.from_numpy(batch.mask.astype(bool).reshape(-1)).nonzero()[:_MANY, 0]
-    tap = _Tap(tokens)
+    results = [block_of(layer).result.defining_op for layer in layers_of(module)]
+    tap = _Tap(tokens, {op: number for number, op in enumerate(results) if op is not None})
     with torch.no_grad():
         Executor(module.op, module.weights).run(function_inputs(module.main, batch), observers=[tap])
     package = folder / PACKAGE_NAME

@@ -9,7 +9,7 @@ import torch
 
 from moec.codegen.triton.emit import emit_triton
 from moec.codegen.triton.formats import code_matrix
-from moec.codegen.triton.packing import CodedExpert, pack_experts
+from moec.codegen.triton.packing import CodedExpert, CodedProjection, pack_experts
 from moec.codegen.triton.spec import Element
 from moec.dialects.moe import Routing
 from moec.dialects.quant import Codebook, Format, Integer, Levels, Span, Ternary, TritPacking, ZeroPoint
@@ -90,7 +90,8 @@ def test_every_format_in_every_element_type(element: Element, tmp_path: Path) ->
 def test_four_codes_of_a_word_are_a_quarter_of_a_block_apart() -> None:
     matrix = torch.arange(256.0).reshape(1, 256).remainder(16) - 8
     coded = code_matrix(Quantized(round_matrix(Target(Integer(4)), matrix)), "")
-    packed = pack_experts([CodedExpert(256, None, coded, coded)], 256, Element.BFLOAT16)
+    whole = CodedProjection(coded)
+    packed = pack_experts([CodedExpert(256, None, whole, whole)], 256, Element.BFLOAT16)
     words = packed.tensors["input_int4"].to(torch.int32)[:64].reshape(2, 32)
     codes = coded.values[0].reshape(2, 4, 32)
     for plane in range(4):
@@ -99,7 +100,6 @@ def test_four_codes_of_a_word_are_a_quarter_of_a_block_apart() -> None:
 
 REFUSED = {
     "a table": (Codebook(4), "Codebook"),
-    "two levels": (Ternary(Levels.EXTREMES), "two levels"),
     "groups of 8": (Integer(4, Span.GROUP, 8), "every 8 weights"),
 }
 

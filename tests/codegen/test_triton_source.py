@@ -25,7 +25,7 @@ from moec.module import Module
 from moec.quantization.rounding import Target
 from tests.codegen.running import module_of
 from tests.codegen.triton_layers import HIDDEN, Case, build
-from tests.ir.expert_bodies import affine, constant, dense, low_rank, mixed_layer
+from tests.ir.expert_bodies import dense, mixed_layer
 
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = "MOEC_UPDATE_GOLDEN"
@@ -91,21 +91,6 @@ def test_names_of_a_model_stay_out_of_source(tmp_path: Path) -> None:
         assert "49" not in path.read_text(encoding="utf-8").split('"moec_')[0]
         assert "import os  #" not in path.read_text(encoding="utf-8")
     assert json.loads((package / "layers.json").read_text(encoding="utf-8"))["layers"][0]["name"] == wild
-
-
-REFUSED = {
-    "constant": ([(dense(HIDDEN, 16), (0, 1)), (constant(HIDDEN), (2, 3))], "is constant"),
-    "affine": ([(dense(HIDDEN, 16), (0, 1)), (affine(HIDDEN, 2), (2, 3))], "is affine"),
-    "factored": ([(low_rank(HIDDEN, 16, 3), (0, 1, 2, 3))], "factored matrices"),
-    "nothing but width 0": ([(dense(HIDDEN, 0), (0, 1, 2, 3))], "width 0"),
-}
-
-
-@pytest.mark.parametrize("name", list(REFUSED))
-def test_refuses_experts_without_a_kernel(name: str, tmp_path: Path) -> None:
-    kinds, reason = REFUSED[name]
-    with pytest.raises(UnsupportedModelError, match=reason):
-        emit_triton(build([Case(name, kinds)]), tmp_path, element=Element.FLOAT32)
 
 
 def test_refuses_a_model_without_experts(tmp_path: Path) -> None:

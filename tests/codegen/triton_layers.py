@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from moec.codegen.triton.spec import Element
 from moec.dialects import aten
 from moec.dialects.builtin import FuncOp, ModuleOp, WeightOp
 from moec.dialects.moe import ExpertClass, ExpertsOp, RouteOp, Routing
+from moec.dialects.nn import MLPOp
 from moec.experts import (
+    Expert,
     FeedForward,
     LayerRun,
     MoeLayer,
@@ -27,9 +29,10 @@ from moec.experts import (
     run_layer,
 )
 from moec.experts.parts import copy_region
-from moec.ir import Value, symbol, verify
+from moec.ir import Location, Value, symbol, verify
 from moec.module import Module, SourceFacts
 from moec.quantization.rounding import Target, round_matrix
+from moec.reference.executor import Executor
 from moec.weights.context import WeightContext
 from moec.weights.store import WeightStore
 from tests.ir.build import f32
@@ -46,7 +49,10 @@ def four_experts(width: int = 48) -> list[tuple[Kind, tuple[int, ...]]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A layer: classes of experts, router output to expert, vectors of the route by name, and how to pack experts."""
+    """A layer: classes of experts, router output to expert, vectors of the route by name, and how to pack experts.
+
+    `changed` makes other experts of some; `shared` are blocks that every token has, with a sigmoid gate or without.
+    """
 
     name: str
     kinds: Sequence[tuple[Kind, tuple[int, ...]]] = field(default_factory=four_experts)
@@ -55,6 +61,8 @@ class Case:
     operands: Mapping[str, torch.Tensor] = field(default_factory=dict)
     router_bias: torch.Tensor | None = None
     packed: Mapping[int, Target] = field(default_factory=dict)
+    changed: Mapping[int, Callable[[FeedForward], Expert]] = field(default_factory=dict)
+    shared: Sequence[tuple[Kind, bool]] = ()
 
 
 def build(cases: Sequence[Case], hidden: int = HIDDEN, store: Path | None = None, seed: int = 0) -> Module:
@@ -101,13 +109,36 @@ def build(cases: Sequence[Case], hidden: int = HIDDEN, store: Path | None = None
             ),
         )
         function.body.append(experts)
-        results.append(experts.y)
+        result = experts.y
+        for index, (kind, gated) in enumerate(case.shared):
+            own = [random(f"{at}.shared{index}.{name}", shape) for name, shape in kind.own.items()]
+            block = MLPOp(x, own, regions=[copy_region(kind.body)], location=Location(name=f"{at}.shared{index}"))
+            function.body.append(block)
+            more = block.y
+            if gated:
+                gate = {"input": x, "weight": random(f"{at}.shared{index}.sigmoid", (1, hidden))}
+                logit = aten.build("linear.default", gate, (f32(COUNT, 1),))
+                weight_op = aten.build("sigmoid.default", {"self": logit.result}, (f32(COUNT, 1),))
+                product = aten.build("mul.Tensor", {"self": weight_op.result, "other": more}, (f32(COUNT, hidden),))
+                for op in (logit, weight_op, product):
+                    function.body.append(op)
+                more = product.result
+            total = aten.build("add.Tensor", {"self": result, "other": more}, (f32(COUNT, hidden),))
+            function.body.append(total)
+            result = total.result
+        results.append(result)
     function.finish(results, [f"y{number}" for number in range(len(results))])
     op = ModuleOp.build([function])
     verify(op)
     context = WeightContext(None, None if store is None else WeightStore(store), tensors)
     for layer, case in zip(find_moe_layers(op), cases, strict=True):
-        new = {number: _packed(layer, context, number, target) for number, target in case.packed.items()}
+        new: dict[int, Expert] = {
+            number: _packed(layer, context, number, target) for number, target in case.packed.items()
+        }
+        for number, change in case.changed.items():
+            expert = load_expert(layer, context, number)
+            assert isinstance(expert, FeedForward)
+            new[number] = change(expert)
         replace_experts(layer, context, new)
     verify(op)
     return Module(op, context, SourceFacts("module"))
@@ -142,6 +173,13 @@ class Outcome:
         return float(distance.max() / expected.abs().max().clamp_min(1e-30))
 
 
+def _whole_results(module: Module, rows: torch.Tensor) -> list[torch.Tensor]:
+    """The results of all layers with what is added to them."""
+    with torch.no_grad():
+        found = Executor(module.op, module.weights, dtype=torch.float64).run({"x": rows.double()})
+    return list(found.values())
+
+
 def rows_of(count: int, hidden: int = HIDDEN) -> torch.Tensor:
     """Random rows."""
     return torch.randn(count, hidden, generator=torch.Generator().manual_seed(count))
@@ -161,6 +199,8 @@ def outcomes(
                 rows = rows_of(count, hidden).to(element.torch)
                 requests.append(LayerRows(folder / element.value / PACKAGE_NAME, number, rows.float()))
                 run = run_layer(layer, module.weights, rows.double(), rows.double(), torch.float64)
+                if case.shared:
+                    run = replace(run, y=_whole_results(module, rows)[number])
                 expected.append(((element, case.name, count), run))
     found = run_layers(requests)
     return {key: Outcome(output, run) for (key, run), output in zip(expected, found, strict=True)}
