@@ -41,6 +41,8 @@ bench: $(STAMP)
 quality: $(STAMP)
 	$(BIN)/python -W ignore::FutureWarning -m tests.quality
 	$(BIN)/python -W ignore::FutureWarning -m tests.quality.dense_to_moe
+	$(BIN)/python -W ignore::FutureWarning -m tests.quality.packed_experts
+	$(BIN)/python -W ignore::FutureWarning -m tests.quality.bit_budget
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
