@@ -61,6 +61,7 @@ class Calibrate(Pass):
     length: int = option("tokens of a window", 64)
     gradients: bool = option("also walk back from the loss", False)
     all_experts: bool = option("also make the tables that need every expert on every row of the reservoir", False)
+    heads: bool = option("also keep rows of attention, for factorize{target=attention-heads}", False)
     reservoir: int = option("tokens to keep of each layer at most", 8192)
     batch: int = option("sequences that run at once", 16)
     precision: Precision = option("type that the model runs in", Precision.FLOAT32)
@@ -81,7 +82,7 @@ class Calibrate(Pass):
         )
         dtype = torch.float64 if self.precision is Precision.FLOAT64 else torch.float32
         settings = WalkSettings(self.reservoir, self.batch, self.gradients, dtype)
-        calibration = calibrate_module(module, data, settings, all_experts=self.all_experts)
+        calibration = calibrate_module(module, data, settings, all_experts=self.all_experts, heads=self.heads)
         module.calibration = calibration
         context.count(self.tokens_seen, data.tokens)
         context.count(self.sequences_seen, len(data.sequences))

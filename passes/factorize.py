@@ -29,7 +29,8 @@ from moec.ir import Operation
 from moec.passes.factorizing.activity import Activity, Observed
 from moec.passes.factorizing.blocks import cut, routed_output, segments, without_output_bias
 from moec.passes.factorizing.division import Division, Partition, RowsOf, SharedBy, Uneven
-from moec.passes.factorizing.partition import balanced_k_means, contiguous, group_sizes, shuffled
+from moec.passes.factorizing.heads import divide_heads
+from moec.passes.factorizing.partition import group_sizes
 from moec.passes.neuron_pruning.slicing import slice_neurons, slicing_problem
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
@@ -70,7 +71,10 @@ class Factorize(Pass):
     `target=attention-heads` makes experts of groups of heads (Union of Experts); query heads that share a key stay
     together. An expert is its heads' part of the output projection, and the router reads what queries are made of.
     Where a token chooses some experts, the products of the output projection for the others are saved; queries, keys,
-    values and scores are computed for all heads, since other tokens may need them.
+    values and scores are computed for all heads, since other tokens may need them. k-means compares columns of the
+    output projection; partitions by text need `calibrate{heads=true}` in front: a unit is as active as what it adds to
+    the output is long, and as many count as active as an expert has, unless `active` says otherwise.
+
     A calibration in front serves what follows, too: `calibrate,factorize{...},init-router,set-routing{...}`.
 
     MoEfication (Zhang et al. 2022), LLaMA-MoE (Zhu et al. 2024), FactorLLM (arXiv 2408.11855), CMoE, Read-ME.
@@ -110,8 +114,6 @@ class Factorize(Pass):
 
         if self.target is not Target.BLOCKS and (self.partition.overlaps or self.shared or self.shared_experts):
             raise ValueError(f"target={self.target.value} takes a partition, without shared neurons")
-        if self.target is Target.ATTENTION_HEADS and self.partition.reads_text:
-            raise ValueError("heads can be contiguous, random, or alike by k-means on the output projection")
         if self.target is Target.ATTENTION_HEADS and self.uneven is Uneven.PAD:
             raise ValueError("heads cannot be padded; uneven=ragged gives experts of different numbers of heads")
 
@@ -213,15 +215,19 @@ class Factorize(Pass):
                 hint="heads that share a key stay together; choose another number, or uneven=ragged",
             )
         sizes = group_sizes(heads.units, self.experts)
+
+        def text() -> Observed:
+            calibration = context.require_calibration()
+            if not calibration.knows(heads):
+                raise UsageError(
+                    "its calibration has no rows of attention",
+                    where=heads.name,
+                    hint=f"partition={self.partition.value} of heads needs calibrate{{heads=true}} in front",
+                )
+            return Observed.of(calibration, calibration.sample(heads))
+
         generator = self._generator(index, context)
-        match self.partition:
-            case Partition.CONTIGUOUS:
-                groups = contiguous(sizes)
-            case Partition.RANDOM:
-                groups = shuffled(sizes, generator)
-            case _:
-                units = heads.load_units(weights).flatten(1)
-                groups = balanced_k_means(torch.nn.functional.normalize(units, dim=1), sizes, generator)
+        groups = divide_heads(self._division(), heads, weights, sizes, text, generator)
         make_heads_sparse(heads, weights, [group.tolist() for group in groups])
         context.count(self.attention)
 

@@ -53,8 +53,10 @@ class SparsifyFfn(Pass):
     2. `statistical` keeps neurons whose gate (what the activation is applied to) exceeds mean + z deviation of the
        token's gates: no sorting. `soft` is the same with relu(gate - threshold) in place of the gate, as Gemma3n was
        trained; a model that was not loses more by it.
-    3. `keep=1` changes nothing. Neurons are computed and then masked: the function is that of the sparse model, the
-       arithmetic is not less.
+    3. `keep=1` changes nothing. In ONNX a run of one token, which a decoder makes for each token that it writes, reads
+       the weights of the neurons in use alone where `keep` is small (up to 0.2): of down, for `statistical` of up, too,
+       and with a predictor of all matrices. Several tokens at once need nearly all neurons, so these are computed and
+       masked.
 
     Spark Transformer; the formula of `soft` is that of Gemma3n.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,15 +29,16 @@ class TrainRouter(Pass):
     1. `labels=activation`: what each expert gives, sum |phi_i(x)| ||D_i|| over its neurons, relative to the best one
        (MoEfication). `labels=nearest`: one for the k experts with the least squared distance from y k / E, y the output
        of the whole layer (FactorLLM's prior-approximate labels). `labels=best-subset`: one for the k experts that,
-       chosen one after the other, leave the least of y.
+       chosen one after the other, leave the least of y. `labels=overlap`: the share of the most active neurons that an
+       expert has (Read-ME). A router that several layers follow gets the mean of their labels.
     2. `loss`: `bce` of each output alone (MoEfication), `kl`, sum p log(p / q) of softmaxes of logits and labels
-       (FactorLLM), or `ce` with the best label, smoothed by a half, and a quarter of it soft (Read-ME). `balance` adds
-       E sum f_e p_e.
+       (FactorLLM), `ce` with the best label, smoothed by a half, and a quarter of it soft (Read-ME), or `focal`, the
+       same with rows weighed by (1 - p)^2 and by how rare their label is (Dr.LLM). `balance` adds E sum f_e p_e.
     3. Every fifth sequence is held out. The weights with the least loss there count, those from before included, so
        nothing gets worse there; a remark gives both losses.
 
     Weights in front of the router, such as those of `init-router{kind=hidden-layer}`, are trained, too. Frozen routers
-    and routers of other layers that a layer follows are left alone. It belongs behind `init-router`.
+    are left alone. It belongs behind `init-router`.
 
     MoEfication (Zhang et al. 2022), FactorLLM (arXiv 2408.11855), Read-ME.
     """
@@ -60,30 +62,35 @@ class TrainRouter(Pass):
 
     def run(self, op: Operation, context: PassContext) -> None:
         weights = context.require_weights()
-        seen: set[Operation] = set()
+        readers: dict[Operation, list[MoeLayer]] = {}
         for layer in find_moe_layers(op):
-            if layer.router in seen:
-                continue
-            seen.add(layer.router)
+            readers.setdefault(layer.router, []).append(layer)
+        for layers in readers.values():
+            layer = layers[0]
             if is_frozen(layer):
                 context.refuse(layer.router, "its router is frozen", self.pass_name)
                 continue
-            if sorted(layer.stored) != list(range(layer.outputs)):
+            if any(sorted(reader.stored) != list(range(reader.outputs)) for reader in layers):
                 context.refuse(layer.experts, "router outputs share experts, or have none", self.pass_name)
                 continue
             sample = context.require_calibration().sample(layer)
             rows = RouterRows(layer, weights, sample)
-            fit = self._fit(layer, rows, sample, context)
+            fit = self._fit(layers, rows, sample, context)
             features = rows.features(fit.weights) if fit.weights else None
             replace_router_weights(layer, weights, fit.weights)
             if features is not None and context.module is not None:
                 # for the passes behind this one
                 calibration = context.require_calibration()
-                context.module.calibration = calibration.with_router_inputs({layer.name: features})
+                context.module.calibration = calibration.with_router_inputs(
+                    {reader.name: features for reader in layers}
+                )
             context.count(self.changed if fit.weights else self.kept)
             context.remark(layer.route, f"held-out {self.loss.value} {fit.before:.4f} -> {fit.after:.4f}")
 
-    def _fit(self, layer: MoeLayer, rows: RouterRows, sample: LayerSample, context: PassContext) -> RouterFit:
+    def _fit(
+        self, layers: Sequence[MoeLayer], rows: RouterRows, sample: LayerSample, context: PassContext
+    ) -> RouterFit:
+        layer = layers[0]
         held_out = sample.sequence % _HELD_OUT_SHARE == 0
         if bool(held_out.all()) or not bool(held_out.any()):
             raise UsageError(
@@ -91,18 +98,23 @@ class TrainRouter(Pass):
                 where=layer.name,
                 hint=f"give {_HELD_OUT_SHARE} or more",
             )
+        k = self._choices(layer)
+        wanted = torch.stack([self._labels(reader, k, context) for reader in layers]).mean(0)
+        seed = context.seed * 1_000_003 + layer.index
+        settings = FitSettings(self.loss, self.epochs, self.batch, self.rate, self.balance, k, seed)
+        return fit_router(rows, wanted, held_out, settings)
+
+    def _labels(self, layer: MoeLayer, k: int, context: PassContext) -> torch.Tensor:
+        """What a layer wants of its router, float32 [n, R]."""
+        sample = context.require_calibration().sample(layer)
         experts = []
         for number in range(layer.expert_count):
             expert = load_expert(layer, context.require_weights(), number)
             if not isinstance(expert, FeedForward):
                 raise UsageError(f"stored expert {number} has no neurons to rank it by", where=layer.name)
             experts.append(expert)
-        k = self._choices(layer)
         # labels are by stored expert, logits by output
-        wanted = labels(self.labels, experts, sample.x, sample.y, k)[:, torch.tensor(layer.stored)]
-        seed = context.seed * 1_000_003 + layer.index
-        settings = FitSettings(self.loss, self.epochs, self.batch, self.rate, self.balance, k, seed)
-        return fit_router(rows, wanted, held_out, settings)
+        return labels(self.labels, experts, sample.x, sample.y, k)[:, torch.tensor(layer.stored)]
 
     def _choices(self, layer: MoeLayer) -> int:
         """k of labels."""
@@ -113,7 +125,7 @@ class TrainRouter(Pass):
         routing = layer.route.routing
         chosen = routing.k if routing.select in (Select.TOPK, Select.PER_GROUP_TOPK) else layer.outputs
         k = self.k or chosen
-        if k == layer.outputs and self.labels is not Labels.ACTIVATION:
+        if k == layer.outputs and self.labels.counts_experts:
             raise UsageError(
                 f"tokens choose all {k} experts, so every label would be one",
                 where=layer.name,

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context, tensor_of
 from moec.codegen.onnx.registry import emit_block, emits_op
+from moec.codegen.onnx.sparse_mlp import emit_sparse, find_sparse
 from moec.dialects.aten import AtenOp
 from moec.dialects.nn import AttentionMaskOp, AttentionOp, LayerNormOp, MLPOp, RMSNormOp, RotaryOp
 from moec.ir.dimensions import DimExpr
@@ -190,11 +191,15 @@ def emit_mlp(context: Context, op: MLPOp) -> ir.Value:
     b, kind = context.builder, tensor_of(op.x)
     x = context.value(op.x)
     rows = x if kind.rank == 2 else b.reshape(x, (-1, _static(kind.shape[-1])))
-    block = op.regions[0].block
-    inner = context.nested({"tokens": lambda: b.size(rows, 0)})
-    inner.values[block.arguments[0]] = rows
-    inner.aliases.update(zip(block.arguments[1:], op.weights, strict=True))
-    y = emit_block(inner, block)[0]
+    sparse = find_sparse(context, op)
+    if sparse is not None:
+        y = emit_sparse(context, op, sparse, rows)
+    else:
+        block = op.regions[0].block
+        inner = context.nested({"tokens": lambda: b.size(rows, 0)})
+        inner.values[block.arguments[0]] = rows
+        inner.aliases.update(zip(block.arguments[1:], op.weights, strict=True))
+        y = emit_block(inner, block)[0]
     if kind.rank == 2:
         return y
     return b.op("Reshape", y, b.op("Shape", x))

@@ -20,6 +20,7 @@ from moec.dialects.moe import ExpertsOp
 from moec.errors import UsageError
 from moec.experts.dense import find_dense_layers
 from moec.experts.expert import FeedForward
+from moec.experts.heads import readable_heads
 from moec.experts.layer import MoeLayer, find_moe_layers
 from moec.experts.reading import load_expert
 from moec.ir import Operation, Value, print_operation
@@ -173,23 +174,25 @@ _TABLES = {"mean_outputs": mean_outputs, "redirect_distortion": redirect_distort
 
 
 def calibrate_module(
-    module: Module, data: CalibrationData, settings: WalkSettings, *, all_experts: bool = False
+    module: Module, data: CalibrationData, settings: WalkSettings, *, all_experts: bool = False, heads: bool = False
 ) -> Calibration:
-    """Gathers the statistics of all layers with experts and the rows of dense blocks that are not beside experts, or
-    recalls them where the same model saw the same tokens.
+    """Gathers the statistics of all layers with experts and the rows of dense blocks that are not beside experts, with
+    `heads` those of attention, too, or recalls them where the same model saw the same tokens.
 
     Equal means: equal IR, equal contents of all weights, equal token ids, equal settings. With `all_experts` the tables
     that need every expert on every row are made now, too. Raises as `walk` does.
     """
     blocks = [block for block in find_dense_layers(module.op) if not block.is_beside_experts]
     layers: list[AnyLayer] = [*find_moe_layers(module.op), *blocks]
+    if heads:
+        layers += readable_heads(module.op)
     fingerprints = {
-        layer.name: layer_fingerprint(layer) if isinstance(layer, MoeLayer) else "a dense block" for layer in layers
+        layer.name: layer_fingerprint(layer) if isinstance(layer, MoeLayer) else "no experts" for layer in layers
     }
     store = module.weights.store
     work = None
     if store is not None:
-        options = f"{settings} all_experts={all_experts}"
+        options = f"{settings} all_experts={all_experts}" + (" heads" if heads else "")
         work = Work((module_digest(module), data.digest), "calibrate", options, _CODE_VERSION, 0)
         known = store.recall(work)
         if known is not None:

@@ -11,6 +11,7 @@ import torch
 from moec.calibration.statistics import StatisticsSum
 from moec.dialects.aten import AtenOp
 from moec.experts.dense import DenseLayer
+from moec.experts.heads import AttentionHeads
 from moec.experts.layer import MoeLayer
 from moec.ir import Operation, Region, TensorType, Value
 from moec.reference.frame import Observation, Observer
@@ -60,25 +61,50 @@ class LayerRows:
         self.sequence[place.target] = place.sequence
 
 
+_Handler = Callable[[Observation, BatchPlace], None]
+
+
 class DenseGathering:
     """What one dense feed-forward block gives, while batches run: rows alone."""
 
-    def __init__(self, layer: DenseLayer, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, layer: DenseLayer | AttentionHeads, rows: int, dtype: torch.dtype) -> None:
         self.layer = layer
         self._rows, self._dtype = rows, dtype
 
     @cached_property
     def rows(self) -> LayerRows:
         """The reservoir; there is none before the block runs, since all layers' together are large."""
-        return LayerRows.empty(self._rows, self.layer.hidden_size, self._dtype)
+        layer = self.layer
+        if isinstance(layer, AttentionHeads):
+            size = _last_size(layer.x)
+            return LayerRows.empty(self._rows, size, self._dtype, _last_size(layer.rows))
+        return LayerRows.empty(self._rows, layer.hidden_size, self._dtype)
 
     def release(self) -> None:
         """Lets go of the reservoir, which observers of finished layers would keep."""
         self.__dict__.pop("rows", None)
 
-    def on_block(self, seen: Observation, place: BatchPlace) -> None:
-        """The whole block."""
+    def handlers(self) -> dict[Operation, _Handler]:
+        """What to call for which operation."""
+        if isinstance(self.layer, AttentionHeads):
+            return {self.layer.query_map: self._on_queries, self.layer.projection: self._on_heads}
+        return {self.layer.op: self._on_block}
+
+    def _on_block(self, seen: Observation, place: BatchPlace) -> None:
+        assert isinstance(self.layer, DenseLayer)
         self.rows.note(place, seen.operand(self.layer.op.x), seen.results[0])
+
+    def _on_queries(self, seen: Observation, place: BatchPlace) -> None:
+        """What the router of experts made of heads would read."""
+        assert isinstance(self.layer, AttentionHeads) and self.rows.router_input is not None
+        given = seen.operand(self.layer.rows)
+        self.rows.router_input[place.target] = given.reshape(-1, given.shape[-1])[place.rows]
+
+    def _on_heads(self, seen: Observation, place: BatchPlace) -> None:
+        """The projection of heads, less what it adds whatever they give."""
+        assert isinstance(self.layer, AttentionHeads)
+        y, bias = seen.results[0], self.layer.bias
+        self.rows.note(place, seen.operand(self.layer.x), y if bias is None else y - seen.operand(bias))
 
 
 class LayerGathering:
@@ -143,15 +169,12 @@ class LayerGathering:
         self.rows.note(place, seen.operand(self.layer.experts.x), seen.results[0])
 
 
-_Handler = Callable[[Observation, BatchPlace], None]
-
-
 def gather(layers: Sequence[LayerGathering | DenseGathering], place: BatchPlace) -> Observer:
     """An observer of the run of one batch."""
     handlers: dict[Operation, _Handler] = {}
     for found in layers:
         if isinstance(found, DenseGathering):
-            handlers[found.layer.op] = found.on_block
+            handlers.update(found.handlers())
             continue
         layer = found.layer
         handlers[layer.router] = found.on_router

@@ -18,6 +18,7 @@ from moec.calibration.statistics import LayerStatistics
 from moec.dialects.builtin import WeightOp
 from moec.errors import MoecError, UnsafeInputError, VerificationError
 from moec.experts.dense import DenseLayer
+from moec.experts.heads import AttentionHeads
 from moec.experts.layer import MoeLayer
 from moec.ir import Operation, TensorType
 from moec.reference.executor import Execution, Executor
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     from moec.module import Module
 
 
-AnyLayer = MoeLayer | DenseLayer
+AnyLayer = MoeLayer | DenseLayer | AttentionHeads
 
 
 @dataclass(frozen=True)
 class LayerResult:
     """What one layer left: sums over all tokens, and rows of some. `gradient` as in `LayerSample`.
 
-    A dense feed-forward block has no sums.
+    What has no experts has no sums.
     """
 
     layer: AnyLayer
@@ -143,6 +144,8 @@ def _places(module: Module, data: CalibrationData, settings: WalkSettings) -> li
 
 def output_of(layer: AnyLayer) -> Operation:
     """The operation that gives a layer's output."""
+    if isinstance(layer, AttentionHeads):
+        return layer.projection
     return layer.experts if isinstance(layer, MoeLayer) else layer.op
 
 

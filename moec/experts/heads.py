@@ -41,16 +41,22 @@ class UnreadableAttentionError(Exception):
 @dataclass(frozen=True)
 class AttentionHeads:
     """One `nn.attention`, the linear map `projection` of its heads' outputs `x` [..., heads * head size], and the rows
-    [..., H] that its queries are made of. `units` heads of keys have `unit_size` columns of the projection each."""
+    [..., H] that `query_map` makes its queries of. `units` heads of keys have `unit_size` columns of the projection
+    each."""
 
     name: str
     index: int
     op: AttentionOp
     x: Value
     projection: AtenOp
-    rows: Value
+    query_map: AtenOp
     units: int
     unit_size: int
+
+    @property
+    def rows(self) -> Value:
+        """What queries are made of, and what a router of the heads reads."""
+        return _rows_of(self.query_map)
 
     def load_units(self, weights: WeightContext) -> torch.Tensor:
         """The columns of the output projection of each group of query heads that share a key, float32 [units, H, c]."""
@@ -116,7 +122,18 @@ def read_heads(op: AttentionOp, index: int) -> AttentionHeads:
     units = tensor_of(op.key).shape[1]
     assert isinstance(units, int) and isinstance(width, int)
     name = projection.location.name or op.location.name or "attention"
-    return AttentionHeads(name, index, op, value, projection, rows, units, width // units)
+    return AttentionHeads(name, index, op, value, projection, maker, units, width // units)
+
+
+def readable_heads(root: Operation) -> list[AttentionHeads]:
+    """The attention of a module whose heads can become experts, in order."""
+    found = []
+    for index, op in enumerate(find_attention(root)):
+        try:
+            found.append(read_heads(op, index))
+        except UnreadableAttentionError:
+            continue
+    return found
 
 
 def make_heads_sparse(heads: AttentionHeads, weights: WeightContext, groups: Sequence[Sequence[int]]) -> MoeLayer:

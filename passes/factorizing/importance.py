@@ -44,9 +44,14 @@ def loss_share(block: FeedForward, observed: Observed, kind: torch.Tensor, count
 
     Raises UsageError where the calibration has no gradients.
     """
+    return _mean_by_kind(block, observed.x, require_gradient(observed, where), kind, count)
+
+
+def require_gradient(observed: Observed, where: str) -> torch.Tensor:
+    """The derivative of the text's loss [n, H]; raises UsageError where the calibration has none."""
     if observed.gradient is None:
         raise UsageError("this needs gradients", where=where, hint="calibrate{gradients=true}")
-    return _mean_by_kind(block, observed.x, observed.gradient, kind, count)
+    return observed.gradient
 
 
 def _mean_by_kind(

@@ -20,6 +20,8 @@ from moec.reference.kernels import prepare
 from moec.reference.weight_loader import WeightLoader
 from moec.weights.context import WeightContext
 
+_REUSE = 0.999
+
 
 class Loss(Enum):
     """How far logits z are from labels l."""
@@ -27,6 +29,7 @@ class Loss(Enum):
     BCE = "bce"  # binary cross-entropy of sigmoid(z) and l (MoEfication)
     KL = "kl"  # sum p log(p / q) with p = softmax(z), q = softmax(l) (FactorLLM)
     CROSS_ENTROPY = "ce"  # of softmax(z) and the best label, smoothed by a half, and a quarter of it soft (Read-ME)
+    FOCAL = "focal"  # of softmax(z) and the best label, where z is unsure and where labels are rare (Dr.LLM)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,16 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor, settings: FitSettings) -> 
             hard = torch.nn.functional.cross_entropy(logits, labels.argmax(1), label_smoothing=0.5)
             centred = 10 * (labels - labels.mean(1, keepdim=True))
             return 0.75 * hard + 0.25 * torch.nn.functional.cross_entropy(logits, centred.softmax(1))
+        case Loss.FOCAL:
+            return _focal(logits, labels.argmax(1))
+
+
+def _focal(logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """-w (1 - p)^2 log p of the right outputs int64 [n], w = (1 - b) / (1 - b^count) for each, mean 1 (Cui et al.)."""
+    counts = torch.bincount(best, minlength=logits.shape[1]).clamp(min=1)
+    weights = ((1 - _REUSE) / (1 - _REUSE**counts))[best]
+    log = logits.log_softmax(1).gather(1, best[:, None])[:, 0]
+    return -(weights / weights.mean() * (1 - log.exp()).square() * log).mean()
 
 
 def _balance(logits: torch.Tensor, k: int) -> torch.Tensor:

@@ -16,6 +16,11 @@ from moec.errors import UsageError
 from moec.experts import find_moe_layers, run_layer
 from moec.experts.heads import find_attention, read_heads
 from moec.module import Module
+from moec.passes.factorize import Factorize
+from moec.passes.factorize import Target as FactorizeTarget
+from moec.passes.factorizing.activity import Observed
+from moec.passes.factorizing.division import Partition
+from moec.passes.factorizing.heads import divide_heads
 from tests.experts.models import calibrate_text, copy_of, difference, output, raised_model
 
 EXACT = 1e-9
@@ -89,3 +94,43 @@ def test_heads_that_cannot_be_cut_are_refused(llama: Module, tmp_path: Path) -> 
     wide = raised_model("llama", tmp_path, **{**HEADS, "head_dim": 16})
     report = moec.run_passes(wide, "factorize{target=attention-heads experts=2}")
     assert "its heads have 128 channels" in report.records[0].refusals[0].reason
+
+
+def test_heads_are_grouped_by_what_they_do_on_text(llama: Module, tmp_path: Path) -> None:
+    text = calibrate_text(tmp_path, rows=8, options="heads gradients=true")
+    source = changed(llama, text)
+    calibration = source.calibration
+    assert calibration is not None
+    heads = read_heads(find_attention(source.op)[0], 0)
+    sample = calibration.sample(heads)
+    # what is kept are the projection's rows, and the calibration serves the experts that heads become
+    columns = heads.load_units(source.weights)
+    given = sample.x.reshape(len(sample), heads.units, heads.unit_size)
+    added = torch.einsum("nuc,uhc->nuh", given, columns)
+    assert difference(sample.y, added.sum(1)) < 1e-5
+    module = changed(source, "factorize{target=attention-heads experts=2 partition=co-activation active=1},init-router")
+    assert difference(output(llama), output(module)) < EXACT
+    layer = find_moe_layers(module.op)[0]
+    run = run_layer(layer, module.weights, sample.x, sample.router_input)
+    assert run.y is not None and difference(sample.y, run.y) < 1e-5
+    for partition in ("co-activation-graph", "gradient"):
+        other = changed(source, f"factorize{{target=attention-heads experts=2 partition={partition}}}")
+        assert difference(output(llama), output(other)) < EXACT
+    plain = changed(llama, calibrate_text(tmp_path, rows=2))
+    with pytest.raises(UsageError, match=r"no rows of attention.*calibrate\{heads=true\}"):
+        changed(plain, "factorize{target=attention-heads experts=2 partition=co-activation}")
+
+
+def test_co_activation_joins_heads_that_write_to_the_same_tokens(llama: Module) -> None:
+    heads = read_heads(find_attention(llama.op)[0], 0)
+    columns = heads.load_units(llama.weights)
+    x = torch.randn(200, heads.units, heads.unit_size, generator=torch.Generator().manual_seed(0)) * 1e-2
+    x[:100, [0, 3]] *= 1e3
+    x[100:, [1, 2]] *= 1e3
+    x /= columns.flatten(1).norm(dim=1)[None, :, None]
+    observed = Observed(x.flatten(1), None, torch.zeros(200, dtype=torch.int64), torch.zeros(200, dtype=torch.int64))
+    division = Factorize(
+        experts=2, target=FactorizeTarget.ATTENTION_HEADS, partition=Partition.CO_ACTIVATION
+    )._division()
+    groups = divide_heads(division, heads, llama.weights, [2, 2], lambda: observed, torch.Generator())
+    assert sorted(group.tolist() for group in groups) == [[0, 3], [1, 2]]

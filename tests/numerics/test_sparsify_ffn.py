@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
 import moec
 from moec.artifact.tokens import function_inputs, token_batch
+from moec.codegen.onnx.emit import MODEL_FILE, emit_onnx
 from moec.codegen.onnx.targets import parse_target
 from moec.dialects.aten import AtenOp
 from moec.dialects.nn import MLPOp
@@ -20,7 +23,7 @@ from moec.module import Module
 from moec.passes.sparsification.neuron_choice import fit_predictor, neuron_scores, standard_scores
 from moec.reference.executor import Executor
 from moec.reference.frame import Observation
-from tests.codegen.running import emit_and_run
+from tests.codegen.running import load, run
 from tests.experts.models import calibrate_text, copy_of, difference, output, raised_model
 
 
@@ -136,13 +139,44 @@ def test_a_predictor_ranks_better_the_larger_its_rank(dense: Module) -> None:
 @pytest.mark.parametrize("target", ["portable", "ort-cpu"])
 def test_both_onnx_targets_mask_the_same_neurons(dense: Module, target: str, tmp_path: Path) -> None:
     feeds = function_inputs(dense.main, token_batch(dense, rows=2, length=24))
-    for options in ("keep=0.25", "kind=statistical keep=0.1", "kind=soft keep=0.5"):
-        module = changed(dense, f"sparsify-ffn{{{options}}}")
-        got, _ = emit_and_run(module, feeds, tmp_path / options.replace(" ", "-"), target=parse_target(target))
+    for options in ("keep=0.25", "kind=soft keep=0.5"):
+        compare(changed(dense, f"sparsify-ffn{{{options}}}"), feeds, tmp_path / options.replace(" ", "-"), target)
+
+
+@pytest.mark.parametrize("options", ["keep=0.1", "keep=0.1 predictor-rank=8", "kind=statistical keep=0.1"])
+def test_one_token_reads_the_weights_of_its_neurons_alone(dense: Module, options: str, tmp_path: Path) -> None:
+    """The rows that are taken are those that the reference executor does not mask, whatever the token."""
+    module = changed(dense, f"sparsify-ffn{{{options}}}")
+    feeds = function_inputs(module.main, token_batch(module, rows=2, length=24))
+    session = compare(module, feeds, tmp_path / "onnx", "portable")
+    graph = onnx.load(tmp_path / "onnx" / MODEL_FILE, load_external_data=False).graph
+    matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    branches = [node.attribute[0].g for node in graph.node if node.op_type == "If"]
+    assert len(branches) == len(find_dense_layers(dense.op))
+    gated = first_block(dense)[0].gate is not None
+    # those that the choice does not read whole
+    taken = 2 + gated if "predictor" in options else 1 + gated if "statistical" in options else 1
+    for branch in branches:
+        assert branch.name == "then_branch"
+        assert sum(node.op_type == "Gather" and node.input[0] in matrices for node in branch.node) == taken
+    executor = Executor(module.op, module.weights)
+    for place in range(8):
+        one = {name: value[:1, place : place + 1] for name, value in feeds.items()}
         with torch.no_grad():
-            expected = Executor(module.op, module.weights).run(feeds)["logits"].numpy()
-        real = feeds["attention_mask"].bool().numpy()
-        assert np.abs(got["logits"] - expected)[real].max() < 1e-4 * np.abs(expected).max()
+            expected = executor.run(one)["logits"].numpy()
+        (found,) = session.run(["logits"], {name: value.numpy() for name, value in one.items()})
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def compare(module: Module, feeds: dict[str, torch.Tensor], folder: Path, target: str) -> onnxruntime.InferenceSession:
+    emit_onnx(module, folder, target=parse_target(target))
+    session = load(folder)
+    got = run(session, feeds)["logits"]
+    with torch.no_grad():
+        expected = Executor(module.op, module.weights).run(feeds)["logits"].numpy()
+    real = feeds["attention_mask"].bool().numpy()
+    assert np.abs(got - expected)[real].max() < 1e-4 * np.abs(expected).max()
+    return session
 
 
 def test_what_cannot_be_is_refused(dense: Module) -> None:

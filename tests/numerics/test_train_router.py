@@ -13,6 +13,8 @@ from moec.dialects.builtin import WeightOp
 from moec.errors import UsageError
 from moec.experts import FeedForward, MoeLayer, find_moe_layers, load_expert, run_layer
 from moec.module import Module
+from moec.passes.neuron_pruning.slicing import slice_neurons
+from moec.passes.router_init.solutions import joined
 from moec.passes.routing.labels import Labels, labels
 from moec.passes.routing.router_fit import FitSettings, Loss, RouterRows, fit_router
 from moec.passes.routing.training import with_soft_gates
@@ -56,6 +58,46 @@ def error(module: Module) -> float:
 def router_sources(module: Module) -> list[str]:
     ops = [layer.router.tensor("weight").defining_op for layer in find_moe_layers(module.op)]
     return [op.source for op in ops if isinstance(op, WeightOp)]
+
+
+def test_overlap_counts_the_most_active_neurons_of_each_expert_once(llama: Module) -> None:
+    layer = find_moe_layers(llama.op)[0]
+    assert llama.calibration is not None
+    rows = llama.calibration.sample(layer).x[:40].float()
+    first, second = experts_of(layer, llama)[:2]
+    whole = joined([first, second])
+    width = first.width
+    sets = [set(range(width)), set(range(width // 2, width // 2 + width)), {0, 1}]
+    experts = [slice_neurons(whole, torch.tensor(sorted(own))) for own in sets]
+    found = labels(Labels.OVERLAP, experts, rows, rows, 1)
+    mean = round(sum(map(len, sets)) / 3)
+    sizes = [round(share * mean) for share in (1, 0.8, 0.6, 0.4, 0.2)]
+    there = sorted(set().union(*sets))
+    strength = whole.hidden_activations(rows).abs()
+    for row in range(0, 40, 5):
+        order = sorted(there, key=lambda neuron: -float(strength[row, neuron]))
+        wanted = [sum(len(own & set(order[:size])) for size in sizes) / sum(sizes) for own in sets]
+        assert found[row].tolist() == pytest.approx(wanted)
+
+
+def test_a_router_that_layers_follow_learns_what_all_of_them_want(llama: Module) -> None:
+    shared = changed(llama, "set-routing{k=2 scope=model}")
+    trained = changed(shared, "train-router{labels=overlap loss=focal epochs=3}")
+    assert len(set(router_sources(trained))) == 1 and router_sources(trained) != router_sources(shared)
+    before, after = find_moe_layers(shared.op), find_moe_layers(trained.op)
+    assert len({layer.router for layer in after}) == 1 < len(after)
+    assert trained.calibration is not None
+    wanted = torch.stack(
+        [labels(Labels.OVERLAP, experts_of(layer, trained), sample.x, sample.y, 2)
+         for layer in after if (sample := trained.calibration.sample(layer))]
+    ).mean(0)  # fmt: skip
+
+    def hits(layer: MoeLayer, module: Module) -> float:
+        sample = llama.calibration.sample(layer)  # type: ignore[union-attr]
+        given = run_layer(layer, module.weights, sample.x, sample.router_input, with_experts=False).logits
+        return float((given.argmax(1) == wanted.argmax(1)).double().mean())
+
+    assert hits(after[0], trained) > hits(before[0], shared)
 
 
 def test_labels_are_those_of_brute_force(llama: Module) -> None:
