@@ -24,7 +24,7 @@ class SharedExpert:
     def modules(self) -> tuple[str, ...]:
         """Paths of the model's modules, or of parts of them, that it stands for."""
         weight = () if self.gate is None else (str(self.gate.weight_name).rpartition(".")[0],)
-        return (self.dense.name.partition("#")[0], *weight)
+        return (self.dense.name, *weight)
 
 
 @dataclass(frozen=True)

@@ -175,19 +175,23 @@ def _wide(expert: CodedExpert, hidden_size: int) -> CodedExpert:
 
 
 def _check_route(layer: MoeLayer) -> None:
+    """Refuses what a block of a model is not given: it gets rows alone. All stages that rows decide have a kernel."""
     route = layer.route
-    problem = ""
+    problem = hint = ""
     if route.routing.select is Select.FORCED:
-        problem = "the model gives the choices itself"
+        problem, hint = "the model gives the choices itself", "choose by a router (set-routing{k=2})"
     elif route.score_override is not None:
-        problem = "the model gives the scores of some tokens itself"
+        problem, hint = "the model gives the scores of some tokens itself", "let the router score all tokens"
     for name in ROUTE_OPERANDS:
         value = getattr(route, name)
         if value is not None and (_kind(value).rank != 1 or not _is_stored(value)):
             problem = f"its {name.replace('_', ' ')} is computed"
+            hint = "give it one stored number for each expert"
     if problem:
         raise UnsupportedModelError(
-            f"the Triton backend has no kernel for this routing: {problem}", where=layer.name, hint="emit ONNX instead"
+            f"the Triton backend has no kernel for this routing: {problem}",
+            where=layer.name,
+            hint=f"{hint}, or emit ONNX",
         )
 
 

@@ -88,6 +88,7 @@ CASES = (
     Case("bands", changed={0: in_bands, 3: in_bands}, packed={1: INT4}),
     Case("partly factored", [(dense(HIDDEN, 48, bias=True), FOUR)], changed={1: partly_factored}),
     Case("gate and up in unlike formats", changed={0: of_unlike_formats, 1: half_packed}),
+    Case("a router of several operations", features=6),
     Case("a shared expert", shared=[(dense(HIDDEN, 40), False)]),
     Case(
         "two shared experts, one with a gate, and bands",

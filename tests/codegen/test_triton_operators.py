@@ -15,11 +15,11 @@ from moec.codegen.triton.running import import_package
 from moec.codegen.triton.spec import Element
 from moec.dialects.moe import Normalize, Routing
 from moec.dialects.quant import Integer, Span
-from moec.experts import find_moe_layers, run_layer
 from moec.quantization.rounding import Target
+from moec.reference.executor import Executor
 from tests.codegen.triton_layers import HIDDEN, Case, build, rows_of
 from tests.experts.models import raised_model
-from tests.ir.expert_bodies import dense
+from tests.ir.expert_bodies import affine, constant, dense, latent, low_rank
 
 CASES = [
     Case("plain", routing=Routing(k=2, normalize=Normalize.SUM)),
@@ -28,6 +28,16 @@ CASES = [
         [(dense(HIDDEN, 32, bias=True), (0, 1, 2))],
         (0, 2, 1, -1),
         packed={0: Target(Integer(4, Span.GROUP, 32)), 2: Target(Integer(8))},
+    ),
+    Case(
+        "latent, factored and constant experts beside a shared one",
+        [
+            (latent(HIDDEN, 16, 8), (0,)),
+            (low_rank(HIDDEN, 24, 3, base=True), (1,)),
+            (constant(HIDDEN), (2,)),
+            (affine(HIDDEN, 4), (3,)),
+        ],
+        shared=[(dense(HIDDEN, 24), True)],
     ),
 ]
 
@@ -42,12 +52,16 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_torch_on_a_cpu_equals_the_reference(number: int, package: ModuleType, tmp_path: Path) -> None:
     module = build(CASES, store=tmp_path)
-    layer, rows = find_moe_layers(module.op)[number], rows_of(11)
-    expected = run_layer(layer, module.weights, rows, rows).y
+    rows = rows_of(11)
+    with torch.no_grad():
+        expected = Executor(module.op, module.weights).run({"x": rows})[f"y{number}"]
     torch.testing.assert_close(package.load_layer(number)(rows), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
+# the last case has all kinds of tensors; a check takes seconds
+@pytest.mark.parametrize(
+    "number", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_operators_keep_the_rules_of_torch(number: int, package: ModuleType) -> None:
     block = package.load_layer(number)
     operators = package.blocks.OPERATORS[block.kind]
@@ -57,8 +71,7 @@ def test_operators_keep_the_rules_of_torch(number: int, package: ModuleType) -> 
     torch.library.opcheck(operators[0], (logits, operands))
     gates, ids = operators[0](logits.detach(), operands)
     weights = [getattr(block, name) for name in package.blocks.weight_names(kernels)]
-    # a backward pass of the experts is not traced, only run: the test of gradients below
-    torch.library.opcheck(operators[1], (rows_of(5), ids, gates, weights))
+    torch.library.opcheck(operators[1], (rows_of(5).requires_grad_(), ids, gates.requires_grad_(), weights))
 
 
 class _Layer(torch.nn.Module):
@@ -104,9 +117,27 @@ def test_gradients_reach_the_router_and_the_rows(package: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_with_its_gradients(backend: str, package: ModuleType) -> None:
+    layer = _Layer(package.load_layer(2))
+    layer.block.router.requires_grad_()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    for count in (3, 7):
+        found = {}
+        for run in (layer, compiled):
+            layer.zero_grad()
+            y = run(rows_of(count))
+            y.square().sum().backward()
+            assert layer.block.router.grad is not None
+            found[run] = (y.detach(), layer.block.router.grad.clone())
+        for one, other in zip(found[layer], found[compiled], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "deepseek_v3"])
 def test_blocks_take_their_place_in_a_model(model_type: str, tmp_path: Path) -> None:
-    """qwen2_moe has a shared expert, which stays where it is."""
+    """Shared experts, with a gate in qwen2_moe and without in deepseek_v3, are computed by the same kernels."""
     module = raised_model(model_type, tmp_path)
     emit_triton(module, tmp_path / "kernels", element=Element.FLOAT32)
     package = import_package(tmp_path / "kernels" / PACKAGE_NAME)
@@ -117,4 +148,5 @@ def test_blocks_take_their_place_in_a_model(model_type: str, tmp_path: Path) -> 
         assert package.replace_blocks(model) == len(package.layer_names()) > 0
         after = model(ids).logits
     assert sum(isinstance(part, package.MoeBlock) for part in model.modules()) == len(package.layer_names())
+    assert not any("shared_expert" in name for name, _ in model.named_modules())
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 
 import pytest
 import torch
 
 from moec.codegen.triton.emit import emit_triton
-from moec.codegen.triton.rendering import PACKAGE_NAME
+from moec.codegen.triton.rendering import PACKAGE_NAME, ROUTE_OPERANDS
 from moec.codegen.triton.running import LayerRows, run_layers
 from moec.codegen.triton.spec import Element
 from moec.dialects.moe import (
@@ -18,6 +20,7 @@ from moec.dialects.moe import (
     GroupScore,
     Normalize,
     NormOver,
+    RouteOp,
     Routing,
     Score,
     Select,
@@ -113,6 +116,29 @@ def test_equals_the_reference(name: str, found: dict[str, Outcome]) -> None:
     torch.testing.assert_close(
         _by_expert(got.ids, got.gates), _by_expert(expected.ids, expected.gates), rtol=1e-5, atol=1e-6
     )
+
+
+def test_every_choice_of_every_stage_is_run() -> None:
+    for stage in fields(Routing):
+        default = getattr(Routing(), stage.name)
+        used = {getattr(routing, stage.name) for routing, _ in ROUTINGS.values()}
+        if isinstance(default, Enum):
+            assert used == set(type(default)) - {Select.FORCED}, stage.name
+        else:
+            assert used != {default}, stage.name
+    assert {name for _, operands in ROUTINGS.values() for name in operands} == set(ROUTE_OPERANDS)
+
+
+def test_refuses_choices_that_the_model_gives(tmp_path: Path) -> None:
+    module = build([Case("forced", routing=Routing(k=2))])
+    layer = find_moe_layers(module.op)[0]
+    given = [None, None, None, None, None, layer.route.ids, None]
+    forced = RouteOp(layer.route.logits, *given, routing=Routing(select=Select.FORCED))
+    forced.insert_before(layer.experts)
+    layer.experts.set_operand(1, forced.ids)
+    layer.experts.set_operand(2, forced.gates)
+    with pytest.raises(UnsupportedModelError, match=r"the model gives the choices itself.*set-routing"):
+        emit_triton(module, tmp_path, element=Element.FLOAT32)
 
 
 def test_refuses_a_bias_that_depends_on_the_token(tmp_path: Path) -> None:

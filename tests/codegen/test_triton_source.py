@@ -11,26 +11,37 @@ from pathlib import Path
 import pytest
 import torch
 
+from moec.codegen.triton.ahead import Package
 from moec.codegen.triton.emit import emit_triton
 from moec.codegen.triton.reading import read_layer
 from moec.codegen.triton.rendering import PACKAGE_NAME, render_package
+from moec.codegen.triton.running import LayerRows, run_layers
 from moec.codegen.triton.spec import Element
 from moec.dialects.builtin import ModuleOp
-from moec.dialects.moe import Routing, Score, Select
+from moec.dialects.moe import ExpertsOp, Routing, Score, Select
+from moec.dialects.nn import MLPOp
 from moec.dialects.quant import Integer, Ternary
-from moec.errors import UnsupportedModelError
+from moec.errors import UnsupportedModelError, UsageError
 from moec.experts import find_moe_layers
 from moec.ir import Location
 from moec.module import Module
 from moec.quantization.rounding import Target
 from tests.codegen.running import module_of
 from tests.codegen.triton_layers import HIDDEN, Case, build
-from tests.ir.expert_bodies import dense, mixed_layer
+from tests.ir.expert_bodies import constant, dense, latent, low_rank, mixed_layer
 
 GOLDEN = Path(__file__).parent / "golden"
 UPDATE = "MOEC_UPDATE_GOLDEN"
 
+FORMS = Case(
+    "forms",
+    [(latent(HIDDEN, 16, 8), (0,)), (low_rank(HIDDEN, 24, 3, base=True), (1,)), (constant(HIDDEN), (2,))],
+    (0, 1, 2, 1),
+    shared=[(dense(HIDDEN, 24), True)],
+    features=4,
+)
 RECORDED = {
+    "forms.py": (Element.FLOAT16, FORMS),
     "equal.py": (Element.BFLOAT16, Case("equal")),
     "ragged_with_biases.py": (
         Element.FLOAT32,
@@ -82,15 +93,30 @@ def test_source_is_clean(name: str, tmp_path: Path) -> None:
 
 
 def test_names_of_a_model_stay_out_of_source(tmp_path: Path) -> None:
-    layer = mixed_layer([(dense(HIDDEN, 16), (0, 1, 2, 3))], (0, 1, 2, 3), hidden=HIDDEN, routing=Routing(k=2))
-    wild = 'layers.0"""\n{{ 7 * 7 }}\nimport os  # \\'
-    layer.experts.location = Location(name=wild)
-    emit_triton(module_of(layer.op, layer.weights), tmp_path, element=Element.FLOAT32)
+    module = build([Case("shared", shared=[(dense(HIDDEN, 16), False)])])
+    wild = ['layers.0"""\n{{ 7 * 7 }}\nimport os  # \\', "../../shared'''\n{% raise %}import os  #"]
+    for op in module.op.walk():
+        if isinstance(op, ExpertsOp | MLPOp):
+            op.location = Location(name=wild[isinstance(op, MLPOp)])
+    emit_triton(module, tmp_path, element=Element.FLOAT32)
     package = tmp_path / PACKAGE_NAME
-    for path in package.glob("*.py"):
-        assert "49" not in path.read_text(encoding="utf-8").split('"moec_')[0]
-        assert "import os  #" not in path.read_text(encoding="utf-8")
-    assert json.loads((package / "layers.json").read_text(encoding="utf-8"))["layers"][0]["name"] == wild
+    plain = render_package([read_layer(find_moe_layers(module.op)[0], module.weights, Element.FLOAT32).kind])
+    assert {path.name: path.read_text(encoding="utf-8") for path in package.glob("*.py")} == plain
+    for text in plain.values():
+        assert "import os  #" not in text and "layers.0" not in text and "../" not in text
+    written = json.loads((package / "layers.json").read_text(encoding="utf-8"))["layers"][0]
+    assert [written["name"], *written["shared"]] == wild
+    assert sorted(path.name for path in tmp_path.iterdir()) == [PACKAGE_NAME]
+
+
+def test_triton_is_needed_where_kernels_run_or_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    emit_triton(build([Case("equal")]), tmp_path, element=Element.FLOAT32)
+    package = tmp_path / PACKAGE_NAME
+    with pytest.raises(UsageError, match="triton is not installed, and running its kernels needs it"):
+        run_layers([LayerRows(package, 0, torch.zeros(1, HIDDEN))])
+    with pytest.raises(UsageError, match="triton is not installed, and compiling its kernels needs it"):
+        Package.open(package)
 
 
 def test_refuses_a_model_without_experts(tmp_path: Path) -> None:

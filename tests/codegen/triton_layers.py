@@ -52,6 +52,7 @@ class Case:
     """A layer: classes of experts, router output to expert, vectors of the route by name, and how to pack experts.
 
     `changed` makes other experts of some; `shared` are blocks that every token has, with a sigmoid gate or without.
+    With `features` the router reads so many hidden activations of its own instead of the rows.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     packed: Mapping[int, Target] = field(default_factory=dict)
     changed: Mapping[int, Callable[[FeedForward], Expert]] = field(default_factory=dict)
     shared: Sequence[tuple[Kind, bool]] = ()
+    features: int = 0
 
 
 def build(cases: Sequence[Case], hidden: int = HIDDEN, store: Path | None = None, seed: int = 0) -> Module:
@@ -84,7 +86,17 @@ def build(cases: Sequence[Case], hidden: int = HIDDEN, store: Path | None = None
     results = []
     for number, case in enumerate(cases):
         at = f"layer{number}"
-        rows: dict[str, Value] = {"input": x, "weight": random(f"{at}.router", (len(case.stored), hidden))}
+        seen = x
+        if case.features:
+            inner = {"input": x, "weight": random(f"{at}.features", (case.features, hidden))}
+            for made in (
+                linear := aten.build("linear.default", inner, (f32(COUNT, case.features),)),
+                activated := aten.build("silu.default", {"self": linear.result}, (f32(COUNT, case.features),)),
+            ):
+                function.body.append(made)
+            seen = activated.result
+        size = (len(case.stored), case.features or hidden)
+        rows: dict[str, Value] = {"input": seen, "weight": random(f"{at}.router", size)}
         if case.router_bias is not None:
             rows["bias"] = weight(f"{at}.router_bias", case.router_bias)
         logits = aten.build("linear.default", rows, (f32(COUNT, len(case.stored)),))
@@ -198,8 +210,11 @@ def outcomes(
             for count in counts:
                 rows = rows_of(count, hidden).to(element.torch)
                 requests.append(LayerRows(folder / element.value / PACKAGE_NAME, number, rows.float()))
-                run = run_layer(layer, module.weights, rows.double(), rows.double(), torch.float64)
-                if case.shared:
+                seen = (
+                    torch.zeros(count, case.features or hidden, dtype=torch.float64) if case.features else rows.double()
+                )
+                run = run_layer(layer, module.weights, rows.double(), seen, torch.float64)
+                if case.shared or case.features:
                     run = replace(run, y=_whole_results(module, rows)[number])
                 expected.append(((element, case.name, count), run))
     found = run_layers(requests)
