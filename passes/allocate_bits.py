@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cache
+from itertools import combinations
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +16,9 @@ from moec.experts import FeedForward, MoeLayer, UnreadableExpertError, find_moe_
 from moec.ir import Operation
 from moec.passes.bit_allocation.bands import bands_by_energy
 from moec.passes.bit_allocation.costs import LayerCosts, Objective, dense, plannable, sides_of
+from moec.passes.bit_allocation.measured import MeasuredPlans
+from moec.passes.bit_allocation.measured import Unit as MeasuredUnit
+from moec.passes.bit_allocation.orders import Sensitivities, longest_prefix
 from moec.passes.bit_allocation.solvers import Solver, Table, solve
 from moec.passes.factoring.sides import Side
 from moec.passes.neuron_pruning.scores import Criterion, NeuronScorer
@@ -51,6 +56,13 @@ class AllocateBits(Pass):
        gets the first of `bits`, and so on. In each expert they are ordered so, which changes nothing, and the bands of
        gate, up and down are packed alone; the number of neurons in a band is a multiple of the group.
 
+    3. `objective=single-drop` and `pairwise` measure the loss of the model on the calibration text with experts rounded
+       to nearest codes, of two numbers of bits: all start with more, and those that cost least get fewer one after the
+       other, over all layers. `pairwise` measures pairs in layers at most `pair-window` apart, too.
+    4. `max-loss` instead of an average: the most experts with fewer bits, or for other objectives the smallest average,
+       whose measured loss is at most so far above that with most bits, found by halving. The loss is measured for the
+       plan that is taken and for the next one.
+
     Only codes count for the average: scales take the same whatever the bits. Experts that are protected, packed or
     factored are left out. It changes nothing itself.
     """
@@ -58,12 +70,16 @@ class AllocateBits(Pass):
     claim: ClassVar[Claim] = Claim.EXACT
     anchor: ClassVar[str] = "builtin.module"
     planned = Statistic("experts that the plan has bits for")
+    measured = Statistic("plans whose loss was measured")
 
     unit: Unit = option("what gets bits of its own", Unit.EXPERT)
     objective: Objective = option("cost of a choice", Objective.OUTPUT)
     solver: Solver = option("how the best choices are found", Solver.DP)
     scope: Scope = option("what the average is kept for", Scope.LAYER)
     average: float = option("bits per weight that codes may take on average", 3.0)
+    max_loss: float | None = option("instead of average: largest rise of the measured loss, in nats per token", None)
+    pair_window: int = option("pairwise: layers that two experts are apart at most", 0)
+    sequences: int = option("sequences of the calibration text that losses are measured on at most", 32)
     bits: tuple[int, ...] = option("bits to choose from; micro: those of the bands", (2, 3, 4))
     at_least: tuple[str, ...] = option("bits:number pairs, how many units take these bits at least", ())
     shares: tuple[float, ...] = option("micro: shares of the neurons that get each of `bits`", (0.1, 0.3, 0.6))
@@ -79,9 +95,22 @@ class AllocateBits(Pass):
         if self.unit is Unit.MICRO:
             if len(self.shares) != len(self.bits) or abs(sum(self.shares) - 1) > 1e-6 or min(self.shares) < 0:
                 raise ValueError("shares must be one per choice of bits, not negative, and add to 1")
-        elif self.average < min(self.bits):
+        elif self.max_loss is None and self.average < min(self.bits):
             raise ValueError(f"an average of {self.average:g} bits is below the smallest choice, {min(self.bits)}")
         self._least()
+        if self.max_loss is not None and self.max_loss < 0:
+            raise ValueError(f"max-loss {self.max_loss:g} is negative")
+        if self.pair_window < 0 or self.sequences < 1:
+            raise ValueError("pair-window must not be negative, and sequences must be at least 1")
+        if self._measures and self.unit is not Unit.EXPERT:
+            raise ValueError("losses are measured of whole experts: take unit=expert")
+        if self.objective.is_measured and (len(self.bits) != 2 or self.at_least):
+            raise ValueError(f"{self.objective.value} chooses between two numbers of bits, such as bits=2,4")
+
+    @property
+    def _measures(self) -> bool:
+        """Whether losses of the model decide."""
+        return self.max_loss is not None or self.objective.is_measured
 
     def _least(self) -> dict[int, int]:
         """For each choice how many units take it at least."""
@@ -103,12 +132,14 @@ class AllocateBits(Pass):
         plans: dict[str, tuple[ExpertBits | None, ...]] = {}
         spent = weights = 0
         cost = 0.0
+        if self._measures and any(survey.units for survey in layers):
+            cost = self._by_loss(op, layers, scopes, context)
         for scope in scopes:
             if self.unit is Unit.MICRO:
                 for survey in scope:
                     self._by_energy(survey, context)
-            elif any(survey.units for survey in scope):
-                cost += self._by_cost(scope)
+            elif any(survey.units for survey in scope) and not self._measures:
+                cost += self._by_cost(scope, self.average)
             for survey in scope:
                 plans[survey.layer.name] = tuple(survey.bits)
                 spent += survey.spent()
@@ -137,6 +168,9 @@ class AllocateBits(Pass):
             survey.widths[number] = expert.width
             if self.unit is Unit.MICRO:
                 continue
+            if self.objective.is_measured:
+                survey.units.append(_Unit(number, tuple(sides), survey.weights[number], ()))
+                continue
             try:
                 found = costs.of(number, expert, targets, by_side=self.unit is Unit.PROJECTION)
             except UsageError as error:
@@ -150,17 +184,93 @@ class AllocateBits(Pass):
     def _target(self, bits: int) -> Target:
         return FormatOptions(bits=bits, group=self.group, symmetric=self.symmetric).target()
 
-    def _by_cost(self, scope: Sequence[_Survey]) -> float:
+    def _by_loss(
+        self, op: Operation, layers: Sequence[_Survey], scopes: Sequence[Sequence[_Survey]], context: PassContext
+    ) -> float:
+        """Fills in the bits of all layers by measured losses; gives the rise of the loss."""
+        assert context.module is not None
+        data = context.require_calibration().data
+        units = [(survey.layer.index, unit.expert) for survey in layers for unit in survey.units]
+        plans = MeasuredPlans(
+            context.module,
+            replace(data, sequences=data.sequences[: self.sequences]),
+            units,
+            [self._target(bits) for bits in self.bits],
+        )
+        most, least = self.bits.index(max(self.bits)), self.bits.index(min(self.bits))
+        order: list[int] = []
+        if self.objective.is_measured:
+            order = self._sensitivities(plans, units, most, least).order()
+
+        @cache
+        def plan(count: int) -> dict[MeasuredUnit, int]:
+            """The choices with `count` steps down from most bits for all."""
+            if order:
+                fewer = {units[place] for place in order[:count]}
+                return {unit: least if unit in fewer else most for unit in units}
+            average = max(self.bits) - count * (max(self.bits) - min(self.bits)) / len(units)
+            for scope in scopes:
+                if any(survey.units for survey in scope):
+                    self._by_cost(scope, average)
+            return {
+                (survey.layer.index, unit.expert): self.bits.index(survey.bits_of(unit))
+                for survey in layers
+                for unit in survey.units
+            }
+
+        def loss(count: int) -> float:
+            return plans.loss(plan(count))
+
+        source = loss(0)
+        if self.max_loss is None:
+            sizes = {(survey.layer.index, unit.expert): unit.size for survey in layers for unit in survey.units}
+            budget = self.average * sum(sizes.values()) + 1e-6
+            spent = [sum(sizes[unit] * self.bits[at] for unit, at in plan(n).items()) for n in range(len(units) + 1)]
+            count = next(number for number, size in enumerate(spent) if size <= budget)
+        else:
+            count = longest_prefix(len(units), loss, source + self.max_loss)
+        for survey in layers:
+            for unit in survey.units:
+                survey.choose(unit, self.bits[plan(count)[survey.layer.index, unit.expert]])
+        rise = loss(count) - source
+        following = f", {loss(count + 1) - source:+.4f} with the next one" if count < len(units) else ""
+        context.count(self.measured, plans.measured)
+        context.remark(
+            op,
+            f"loss {source:.4f} with {max(self.bits)} bits for all, {rise:+.4f} with {count} of {len(units)} steps down"
+            f"{following}",
+        )
+        return rise
+
+    def _sensitivities(
+        self, plans: MeasuredPlans, units: Sequence[MeasuredUnit], most: int, least: int
+    ) -> Sensitivities:
+        """Losses with one expert, or two of them, in the least bits, above that with none."""
+
+        def rise(*places: int) -> float:
+            fewer = {units[place] for place in places}
+            return plans.loss({unit: least if unit in fewer else most for unit in units}) - source
+
+        source = plans.loss(dict.fromkeys(units, most))
+        singles = [rise(place) for place in range(len(units))]
+        pairs = {}
+        if self.objective is Objective.PAIRWISE:
+            for i, j in combinations(range(len(units)), 2):
+                if abs(units[i][0] - units[j][0]) <= self.pair_window:
+                    pairs[i, j] = rise(i, j) - singles[i] - singles[j]
+        return Sensitivities(singles, pairs)
+
+    def _by_cost(self, scope: Sequence[_Survey], average: float) -> float:
         """Fills in the bits of the layers of one scope; gives the cost of the choices."""
         units = [(survey, unit) for survey in scope for unit in survey.units]
         sizes = np.asarray([[unit.size * bits for bits in self.bits] for _, unit in units], np.int64)
         costs = np.asarray([unit.costs for _, unit in units], np.float64)
-        budget = int(self.average * sum(unit.size for _, unit in units) + 1e-6)
+        budget = int(average * sum(unit.size for _, unit in units) + 1e-6)
         table = Table(costs, sizes, budget, self._least())
         choices = solve(table, self.solver)
         if choices is None:
             raise UsageError(
-                f"no choice of bits keeps to {self.average:g} on average and to at-least",
+                f"no choice of bits keeps to {average:g} on average and to at-least",
                 where=scope[0].layer.name,
                 hint="allow more bits, or ask for fewer",
             )
@@ -213,6 +323,13 @@ class _Survey:
         before = self.bits[unit.expert] or ExpertBits()
         own = {side: bits if side in unit.sides else getattr(before, side.value) for side in Side}
         self.bits[unit.expert] = ExpertBits(own[Side.GATE], own[Side.UP], own[Side.DOWN])
+
+    def bits_of(self, unit: _Unit) -> int:
+        """The bits that a unit was given."""
+        found = self.bits[unit.expert]
+        assert found is not None
+        bits: int = getattr(found, unit.sides[0].value)
+        return bits
 
     def spent(self) -> int:
         """Bits of all codes."""

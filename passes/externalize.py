@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.dialects.builtin import PAGE_ATTRIBUTE, PREPACKED_ATTRIBUTE, ModuleOp
-from moec.experts import find_moe_layers
+from moec.dialects.moe import ExpertsOp
 from moec.ir import Operation
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
@@ -33,7 +33,7 @@ class Externalize(Pass):
             raise ValueError("page is a power of two of at least 4096 bytes")
 
     def run(self, op: Operation, context: PassContext) -> None:
-        layers = find_moe_layers(op)
+        layers = [inner for inner in op.walk() if isinstance(inner, ExpertsOp)]
         if not layers or not isinstance(op, ModuleOp):
             return
         op.attributes[PAGE_ATTRIBUTE] = self.page

@@ -6,19 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from moec.artifact.loss import cross_entropy
-from moec.artifact.tokens import function_inputs
-from moec.calibration.data import CalibrationData
+from moec.calibration.text_loss import text_loss
 from moec.dialects.builtin import ModuleOp
-from moec.errors import UsageError
 from moec.experts import find_moe_layers
 from moec.ir import Operation
 from moec.module import Module
 from moec.passes.nm_sparsify import GLOBAL, NmSparsify
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
-from moec.reference.executor import Executor
 
 
 @register_pass("find-knee")
@@ -53,17 +47,15 @@ class FindKnee(Pass):
     def run(self, op: Operation, context: PassContext) -> None:
         data, module = context.require_calibration().data, context.module
         assert module is not None
-        if module.source.kind != "decoder":
-            raise UsageError("this model predicts no next token", hint="find-knee measures the loss of decoders")
         if not find_moe_layers(op):
             return
         data = dataclasses.replace(data, sequences=data.sequences[: self.sequences])
-        source = _loss(module, data)
+        source = text_loss(module, data)
         lines = [f"loss {source:.4f}"]
         ratio, bound = 0.0, ", the largest share that was tried"
         for number in range(1, int((1 - 1e-9) / self.step) + 1):
             share = number * self.step
-            increase = _loss(_sparse(module, share, context), data) - source
+            increase = text_loss(_sparse(module, share, context), data) - source
             context.count(self.measured)
             lines.append(f"{share:.0%} {increase:+.4f}")
             if increase > self.tolerance * source:
@@ -85,19 +77,3 @@ def _sparse(module: Module, ratio: float, context: PassContext) -> Module:
     copy = dataclasses.replace(module, op=clone)
     NmSparsify(pattern=GLOBAL, ratio=ratio).run(clone, PassContext(weights=context.weights, module=copy))
     return copy
-
-
-def _loss(module: Module, data: CalibrationData) -> float:
-    """Mean loss in nats per token of the module on the sequences."""
-    total, tokens = 0.0, 0
-    executor = Executor(module.op, module.weights)
-    for batch in data.batches(16, padding_in_front=False):
-        with torch.no_grad():
-            results = executor.run(function_inputs(module.main, batch))
-        logits = next(iter(results.values()))
-        scored = torch.from_numpy(batch.mask[:, 1:] > 0)
-        total += cross_entropy(logits[:, :-1][scored].numpy(), torch.from_numpy(batch.ids[:, 1:])[scored].numpy())
-        tokens += int(scored.sum())
-    if not tokens:
-        raise UsageError("the calibration text has no token that another one predicts", hint="calibrate on more text")
-    return total / tokens

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from moec.calibration.sample import LayerSample
+from moec.errors import UsageError
 from moec.experts import (
     Dense,
     Expert,
@@ -208,7 +209,11 @@ def _loader(layer: MoeLayer, weights: WeightContext, number: int, side: Side) ->
     def load() -> torch.Tensor:
         expert = load_expert(layer, weights, number)
         assert isinstance(expert, FeedForward)
-        return dense_matrix(expert, side)
+        found = dense_matrix(expert, side)
+        if not bool(torch.isfinite(found).all()):
+            where = f"{layer.name}, expert {number}, {side.value}"
+            raise UsageError("a matrix holds NaN or infinity", where=where, hint="the checkpoint is damaged")
+        return found
 
     return load
 

@@ -20,12 +20,23 @@ class Objective(Enum):
     OUTPUT: sum of g^2 |dF|^2, the squared error of the layer's output. PMQ: that times the share of tokens and the
     share of gates to the power 1.5 (MC-MoE). FREQUENCY: the share of tokens times the relative
     squared error of the weights. ENERGY: sum of g^2 |F|^2 times that.
+
+    Measured, not estimated, as the loss of the whole model on the calibration text: SINGLE_DROP with one expert in the
+    least bits and all others in the most (EdgeMoE). PAIRWISE: that, and what two experts in the least bits cost more
+    than each alone (second-order sensitivities with dependencies between layers).
     """
 
     OUTPUT = "output"
     PMQ = "pmq"
     FREQUENCY = "frequency"
     ENERGY = "energy"
+    SINGLE_DROP = "single-drop"
+    PAIRWISE = "pairwise"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it is the loss of the model."""
+        return self in (Objective.SINGLE_DROP, Objective.PAIRWISE)
 
 
 _GATE_POWER = 1.5
@@ -70,6 +81,7 @@ class LayerCosts:
                 return share
             case Objective.ENERGY:
                 return float(wanted.square().sum()) / energy
+        raise AssertionError(f"{self.objective.value} is no cost of one layer")
 
     def _error(
         self,

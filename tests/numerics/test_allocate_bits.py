@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -10,13 +12,15 @@ import torch
 
 from moec.api import run_passes
 from moec.artifact.summary import model_size
+from moec.calibration.text_loss import text_loss
 from moec.errors import UsageError
 from moec.experts import Banded, FeedForward, Quantized, find_moe_layers, load_expert, permute_experts, protect_experts
 from moec.ir import parse_module, print_operation
 from moec.module import Module
 from moec.passes.bit_allocation.bands import bands_by_energy
+from moec.passes.bit_allocation.orders import Sensitivities, longest_prefix
 from moec.passes.bit_allocation.solvers import Solver, Table, solve
-from moec.quantization.bit_plan import BitPlan
+from moec.quantization.bit_plan import BitPlan, ExpertBits
 from tests.experts.models import calibrate_text, copy_of, difference, output, raised_model
 
 
@@ -172,3 +176,63 @@ def test_what_cannot_be_planned(source: Module) -> None:
     run_passes(module, "allocate-bits{average=3 group=16},prune-experts{criterion=frequency keep=4}")
     with pytest.raises(UsageError, match="does not fit this layer"):
         run_passes(module, "quantize{planned group=16}")
+
+
+def test_orders_count_what_two_cost_more() -> None:
+    plain = Sensitivities([3.0, 1.0, 2.0, 1.0])
+    assert plain.order() == [1, 3, 2, 0] and plain.of([3, 0]) == 4.0
+    # 1 and 3 together cost more than 2 does beside 1
+    linked = Sensitivities([3.0, 1.0, 2.0, 1.0], {(1, 3): 5.0, (0, 2): -2.5})
+    assert linked.order() == [1, 2, 0, 3] and linked.of([3, 1, 0]) == 10.0
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        singles = generator.normal(size=6).tolist()
+        pairs = {(i, j): float(generator.normal()) for i in range(6) for j in range(i + 1, 6)}
+        found = Sensitivities(singles, pairs)
+        order = found.order()
+        for count in range(6):
+            least = min(found.of([*order[:count], unit]) for unit in order[count:])
+            assert found.of(order[: count + 1]) == pytest.approx(least)
+
+
+def test_halving_finds_the_last_prefix_within_the_bound() -> None:
+    for length in range(7):
+        for last in range(length + 1):
+            seen: list[int] = []
+
+            def loss(count: int, last: int = last, seen: list[int] = seen) -> float:
+                seen.append(count)
+                return float(count > last)
+
+            assert longest_prefix(length, loss, 0.5) == last
+            assert len(seen) <= 3
+
+
+def test_measured_plans_are_those_that_quantize_makes(source: Module) -> None:
+    module, plan = planned(source, "objective=single-drop bits=2,4 average=3 group=16 sequences=4")
+    assert plan.average == pytest.approx(3.0) and print_operation(module.op) == print_operation(source.op)
+    assert source.calibration is not None
+    data = replace(source.calibration.data, sequences=source.calibration.data.sequences[:4])
+    rise = []
+    for bits in (plan, BitPlan({name: (ExpertBits.uniform(4),) * 8 for name in plan.layers}, 4, 0)):
+        packed = copy_of(source)
+        packed.bits = bits
+        run_passes(packed, "quantize{planned group=16}")
+        rise.append(text_loss(packed, data))
+    assert rise[0] - rise[1] == pytest.approx(plan.cost, abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["single-drop bits=2,4", "pairwise bits=2,4", "output bits=2,3,4 scope=model"])
+def test_a_bound_of_the_loss_holds_and_the_next_step_breaks_it(source: Module, objective: str) -> None:
+    module = copy_of(source)
+    report = run_passes(module, f"allocate-bits{{objective={objective} max-loss=0.01 group=16 sequences=2}}")
+    assert module.bits is not None and module.bits.cost <= 0.01
+    text = next(remark.text for remark in report.records[0].remarks if "steps down" in remark.text)
+    count, after = re.fullmatch(r"loss .* with (\d+) of 16 steps down(?:, (.*) with the next one)?", text).groups()  # type: ignore[union-attr]
+    if after is None:
+        assert module.bits.average == 2
+    else:
+        assert float(after) > 0.01
+        assert module.bits.average == pytest.approx(4 - int(count) / 8, abs=0.07)
+    units = 16 * 15 // 2 - 64 if objective.startswith("pairwise") else 0
+    assert report.records[0].statistics["measured"] <= units + (17 if "bits=2,4" in objective else 1) + 6

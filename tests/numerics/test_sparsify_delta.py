@@ -194,3 +194,13 @@ def test_what_stays(source: Module) -> None:
     assert isinstance(one, FeedForward) and isinstance(projection(one, Side.UP).matrix, Dense)  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="groups of 24 do not divide"):
         coded(source, "base-bits=4 group=24")
+    broken = copy_of(source)
+    layer = find_moe_layers(broken.op)[0]
+    expert = load_expert(layer, broken.weights, 1)
+    assert isinstance(expert, FeedForward)
+    infinite = dense_matrix(expert, Side.DOWN).clone()
+    infinite[0, 0] = torch.inf
+    replace_experts(layer, broken.weights, {1: with_matrices(expert, {Side.DOWN: Dense(infinite)})})
+    with pytest.raises(UsageError, match="NaN or infinity") as caught:
+        run_passes(broken, "sparsify-delta")
+    assert "expert 1, down" in caught.value.where
