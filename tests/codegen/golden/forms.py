@@ -134,7 +134,7 @@ def gate_up_grouped(
         left_base = tl.multiple_of(tl.load(table_ptr + expert * 19 + 12), 16)
         gate_latent = tl.load(table_ptr + expert * 19 + 13)
         gate_source = token * 32 + gate_latent
-        gate_own = tokens.to(tl.int64) * 32 + slot * 32 + 0 * rank
+        gate_own = tl.cast(tokens, tl.int64) * 32 + slot * 32 + 0 * rank
         gate_source = tl.where(gate_latent >= 0, gate_source, gate_own)
         gate_source = gate_source + tl.zeros([BLOCK_M], dtype=tl.int64)
         for start in range(0, rank, 16):
@@ -147,7 +147,7 @@ def gate_up_grouped(
             gate = tl.dot(block, tl.trans(weights), gate, input_precision="ieee")
         up_latent = tl.load(table_ptr + expert * 19 + 14)
         up_source = token * 32 + up_latent
-        up_own = tokens.to(tl.int64) * 32 + slot * 32 + 1 * rank
+        up_own = tl.cast(tokens, tl.int64) * 32 + slot * 32 + 1 * rank
         up_source = tl.where(up_latent >= 0, up_source, up_own)
         up_source = up_source + tl.zeros([BLOCK_M], dtype=tl.int64)
         for start in range(0, rank, 16):
@@ -218,7 +218,7 @@ def gate_up_slots(
             left_base = tl.multiple_of(tl.load(table_ptr + expert * 19 + 12), 16)
             gate_latent = tl.load(table_ptr + expert * 19 + 13)
             gate_source = token * 32 + gate_latent
-            gate_own = tokens.to(tl.int64) * 32 + slot * 32 + 0 * rank
+            gate_own = tl.cast(tokens, tl.int64) * 32 + slot * 32 + 0 * rank
             gate_source = tl.where(gate_latent >= 0, gate_source, gate_own)
             gate_source = gate_source + tl.zeros([BLOCK_M], dtype=tl.int64)
             for start in range(0, rank, 16):
@@ -231,7 +231,7 @@ def gate_up_slots(
                 gate = tl.dot(block, tl.trans(weights), gate, input_precision="ieee")
             up_latent = tl.load(table_ptr + expert * 19 + 14)
             up_source = token * 32 + up_latent
-            up_own = tokens.to(tl.int64) * 32 + slot * 32 + 1 * rank
+            up_own = tl.cast(tokens, tl.int64) * 32 + slot * 32 + 1 * rank
             up_source = tl.where(up_latent >= 0, up_source, up_own)
             up_source = up_source + tl.zeros([BLOCK_M], dtype=tl.int64)
             for start in range(0, rank, 16):
@@ -494,7 +494,7 @@ def input_right_grouped(
             matrix_rows = input_right_ptr + right_base + column[:, None] * 32 + k[None, :]
             weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
             product = tl.dot(block, tl.trans(weights), product, input_precision="ieee")
-        target = tokens.to(tl.int64) * 32 + slot * 32 + tl.zeros([BLOCK_M], dtype=tl.int64)
+        target = tl.cast(tokens, tl.int64) * 32 + slot * 32 + tl.zeros([BLOCK_M], dtype=tl.int64)
         here = valid[:, None] & column_valid[None, :]
         tl.store(inner_ptr + target[:, None] + column[None, :], product.to(tl.float16), mask=here)
 
@@ -533,7 +533,7 @@ def input_right_slots(
             matrix_rows = input_right_ptr + right_base + column[:, None] * 32 + k[None, :]
             weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
             product = tl.dot(block, tl.trans(weights), product, input_precision="ieee")
-        target = tokens.to(tl.int64) * 32 + slot * 32 + tl.zeros([BLOCK_M], dtype=tl.int64)
+        target = tl.cast(tokens, tl.int64) * 32 + slot * 32 + tl.zeros([BLOCK_M], dtype=tl.int64)
         here = valid[:, None] & column_valid[None, :]
         tl.store(inner_ptr + target[:, None] + column[None, :], product.to(tl.float16), mask=here)
 
