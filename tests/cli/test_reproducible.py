@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from moec.artifact.opened import Artifact
 from tests.cli.conftest import DEMO_MODEL
 
 pytestmark = pytest.mark.xdist_group("artifact")
@@ -57,6 +58,8 @@ def test_a_killed_run_changes_nothing_and_the_next_gives_equal_bytes(compiled: P
         assert process.returncode == 0, errors
     assert (out / "moec.json").read_bytes() == (compiled / "moec.json").read_bytes()
     assert (out / "module.mlir").read_bytes() == (compiled / "module.mlir").read_bytes()
+    measured = Artifact.open(out).measurements
+    assert measured.actual.memory_bytes == pytest.approx(measured.predicted.memory_bytes, rel=0.25)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
 
 
@@ -72,7 +75,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_written_are_reported(tmp_path: Path) -> None:
-    """The limit on the size of a file stands for a full disk, which a test cannot make."""
+    """The limit on the size of a file stands for a full disk, which not every user can make."""
     command = [sys.executable, "-m", "moec", "compile", str(DEMO_MODEL), "-o", str(tmp_path / "out"), "--check=none"]
     done = subprocess.run(
         command,
@@ -84,3 +87,26 @@ def test_files_that_cannot_be_written_are_reported(tmp_path: Path) -> None:
     assert done.returncode == 5, done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=6m tmpfs "$1" || exit 77
+"$2" -m moec compile "$3" -o "$1/out" --check none
+code=$?
+ls -A "$1"
+exit $code
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
+    """A file system of 6 MiB for an artifact of 12, in a name space of its own."""
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare")
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", FULL_DISK, "bash", str(tmp_path)]
+    done = subprocess.run([*command, sys.executable, str(DEMO_MODEL)], capture_output=True, text=True, check=False)
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("this user may not mount a file system in a name space of its own")
+    assert done.returncode == 5, done.stderr
+    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
