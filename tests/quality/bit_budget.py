@@ -108,7 +108,8 @@ def uniform_points(name: str, budgets: Sequence[float], seed: int = 0) -> list[P
 
 
 def _solved(name: str, budget: float, seed: int) -> Point:
-    flags = f"bytes={100 * budget:g}% dtype=float16 refit bits={','.join(map(str, BITS))} group={_GROUP}"
+    flags = f"bytes={100 * budget:g}% dtype=float16 refit steps=8 actions=narrow,constant,zero,redirect"
+    flags += f" bits={','.join(map(str, BITS))} group={_GROUP}"
     module = harness.calibrated(name, seed, gradients=True)
     moec.run_passes(module, f"solve-budget{{{flags}}},apply-plan,refit-down", seed=seed)
     return _point("solve-budget", harness.measure(name, module))

@@ -136,13 +136,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _artifact(subject: Subject, name: str, folder: Path) -> Path:
-    target = folder / name.replace(", ", "-").replace(" ", "-")
-    if not (target / "onnx" / "model.onnx").is_file():
-        command = ["compile", str(subject.folder()), "-o", str(target), "--store", str(folder / "store")]
-        command += ["--target", "ort-cpu", "--check", "none", "--no-verify", *subject.rows[name]]
+def _artifact(subject: Subject, name: str, folder: Path, target: str = "ort-cpu") -> Path:
+    output = folder / f"{name.replace(', ', '-').replace(' ', '-')}.{target}"
+    if not (output / "onnx" / "model.onnx").is_file():
+        command = ["compile", str(subject.folder()), "-o", str(output), "--store", str(folder / "store")]
+        command += ["--target", target, "--check", "none", "--no-verify", *subject.rows[name]]
         subprocess.run([sys.executable, "-m", "moec", *command], check=True, stdout=subprocess.DEVNULL)
-    return target
+    return output
 
 
 def _artifact_row(subject: Subject, name: str, artifact: Path, folder: Path) -> Row:
@@ -160,11 +160,14 @@ def _artifact_row(subject: Subject, name: str, artifact: Path, folder: Path) -> 
 
 
 def _runtime_row(subject: Subject, folder: Path) -> Row:
-    """The float32 artifact by onnxruntime's own quantiser: 4 bits in groups of 32 where it finds a constant matrix."""
+    """The portable float32 artifact by onnxruntime's own quantiser: 4 bits in groups of 32.
+
+    In that form each expert is a product with a constant matrix, which is what the quantiser looks for.
+    """
     path = folder / "onnxruntime" / "model.onnx"
     if not path.is_file():
-        path.parent.mkdir()
-        source = _artifact(subject, FLOAT, folder) / "onnx"
+        path.parent.mkdir(exist_ok=True)
+        source = _artifact(subject, FLOAT, folder, "portable") / "onnx"
         quantizer = MatMulNBitsQuantizer(onnx.load(source / "model.onnx"), 4, 32, is_symmetric=False)
         quantizer.process()
         quantizer.model.save_model_to_file(str(path), use_external_data_format=True)

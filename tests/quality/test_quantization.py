@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import moec
 from tests.quality.bit_budget import compare
-from tests.quality.harness import increases
+from tests.quality.harness import calibrated, increases, measure
 from tests.quality.packed_experts import outcomes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quality-quantization")]
@@ -46,6 +47,26 @@ def test_bands_by_energy(name: str) -> None:
     by_energy = increases(name, bands.format("8,4,2", "0.1,0.3,0.6"))
     reverse = increases(name, bands.format("2,4,8", "0.6,0.3,0.1"))
     assert (by_energy < 0.8 * reverse).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fewer_bits_within_a_bound_of_the_loss(name: str) -> None:
+    """EdgeMoE: the wider the bound, the fewer bits on average, all fewer than the uniform choice that keeps it; and
+    what is lost is less than if experts were chosen by chance, which lies between the uniform choices."""
+    four, two = (increases(name, f"quantize{{bits={bits} group=32}}", seeds=(0,))[0] for bits in (4, 2))
+    averages = []
+    for share in (0.05, 0.2, 0.5):
+        module = calibrated(name)
+        bound = share * (two - four)
+        moec.run_passes(module, f"allocate-bits{{objective=single-drop bits=2,4 max-loss={bound:g} group=32}}")
+        assert module.bits is not None
+        average = module.bits.average
+        moec.run_passes(module, "quantize{planned group=32}")
+        averages.append(average)
+        found, chance = measure(name, module).increase, four + (4 - average) / 2 * (two - four)
+        print(f"{name} bound {bound:.4f}: {average:.2f} bits, {found:+.4f}, by chance {chance:+.4f}")
+        assert found < chance
+    assert 4 > averages[0] > averages[1] > averages[2] > 2
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
