@@ -35,10 +35,18 @@ class CheckOutcome(StrEnum):
 
 
 class LayerError(Record):
-    """The relative error that a lossy pass caused at the end of one layer, rounded to four significant digits."""
+    """What a lossy pass did to one layer, on the same hidden states before and after; errors have four digits.
+
+    `relative_error` is that of what the layer gives, `expert_error` the largest one of a token that was sent to an
+    expert, and `worst_expert` the router output of that expert; None where no expert could be compared.
+    `router_differences` are the tokens that the router sends to other experts without a tie.
+    """
 
     layer: str
     relative_error: float = Field(ge=0)
+    expert_error: float | None = Field(default=None, ge=0)
+    worst_expert: int | None = Field(default=None, ge=0)
+    router_differences: int = Field(default=0, ge=0)
 
 
 class LedgerEntry(Record):

@@ -86,6 +86,59 @@ class SpeedRow(Record):
     bound_tokens_per_second: float | None = None
 
 
+class ExpertErrorRow(Record):
+    """One router output: the tokens that the source sends to it, and |after - before| / |before| of its expert on them.
+
+    None where it gets no token. `low_replica_error` is that of the expert's second replica, where it has one.
+    """
+
+    output: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    relative_error: float | None
+    low_replica_error: float | None = None
+
+
+class RouterRow(Record):
+    """One layer against the source on the same text.
+
+    `agreement` is the mean share of a token's experts that both choose, by router output, each on its own hidden
+    states; `same` the share of tokens whose experts are all the same. None, with a `note`, where the router has other
+    outputs than the source's.
+    """
+
+    layer: str
+    tokens: int = Field(ge=0)
+    agreement: float | None
+    same: float | None
+    experts: tuple[ExpertErrorRow, ...] = ()
+    note: str = ""
+
+
+class StoredBits(Record):
+    """Bytes of the exported model, counted in its files, for each weight of the source.
+
+    `expert_bytes` are those of tensors of experts, and `padding_bytes` those of no tensor, such as the ends of pages;
+    both are part of `bytes`.
+    """
+
+    weights: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    bits_per_weight: float
+    expert_weights: int = Field(ge=0)
+    expert_bytes: int = Field(ge=0)
+    expert_bits_per_weight: float | None
+    padding_bytes: int = Field(ge=0)
+
+
+class Comparison(Record):
+    """What an artifact is against its source, besides losses."""
+
+    text: str
+    tokens: int = Field(ge=0)
+    routers: tuple[RouterRow, ...]
+    stored: StoredBits
+
+
 class Measurements(Record):
     """The content of measurements.json."""
 

@@ -96,9 +96,7 @@ class LedgerRecorder(Instrument):
             layerwise=execution.instance.layerwise,
         )
         if execution.claim is Claim.LOSSY:
-            return CheckOutcome.MEASURED, tuple(
-                LayerError(layer=change.layer, relative_error=round_error(change.relative_error)) for change in changes
-            )
+            return CheckOutcome.MEASURED, tuple(map(_layer_error, changes))
         for change in changes:
             if change.router_differences or not change.error <= EXACT_BOUND:
                 raise _too_much(execution, change)
@@ -109,6 +107,17 @@ class LedgerRecorder(Instrument):
         start = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - start
+
+
+def _layer_error(change: LayerChange) -> LayerError:
+    compared = change.worst_expert >= 0
+    return LayerError(
+        layer=change.layer,
+        relative_error=round_error(change.relative_error),
+        expert_error=round_error(change.expert_error) if compared else None,
+        worst_expert=change.worst_expert if compared else None,
+        router_differences=change.router_differences,
+    )
 
 
 def _too_much(execution: PassExecution, change: LayerChange) -> VerificationError:

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field
 
 from moec.artifact.ledger import LedgerEntry
-from moec.artifact.measurements import Cost, LossRow, Machine, SpeedRow, StepTime, VerificationRow
+from moec.artifact.measurements import Comparison, Cost, LossRow, Machine, SpeedRow, StepTime, VerificationRow
 from moec.budget.sizes import format_size as format_size
 from moec.record import Record, read_record, write_record
 
@@ -96,6 +96,7 @@ class Report(Record):
     ledger: tuple[LedgerEntry, ...]
     verification: tuple[VerificationRow, ...]
     losses: tuple[LossRow, ...]
+    comparison: Comparison | None = None
     speeds: tuple[SpeedRow, ...]
     steps: tuple[StepTime, ...]
     predicted: Cost

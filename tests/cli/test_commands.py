@@ -77,12 +77,20 @@ def test_eval_agrees_with_the_source(moec: Command, artifact: Path) -> None:
         "eval", artifact, "--text", HELDOUT, "--tokens", 512, "--window", 64, "--chunk", 24, "--compare", "--json"
     )
     assert code == 0
-    source, compiled = json.loads(out)
+    found = json.loads(out)
+    source, compiled = found["losses"]
     assert (source["subject"], compiled["subject"]) == ("source", "artifact")
     assert compiled["tokens"] == 512
     assert compiled["nats_per_token"] == pytest.approx(source["nats_per_token"], rel=1e-5)
     assert 0 < compiled["nats_per_byte"] < compiled["nats_per_token"]
+    assert [row["agreement"] for row in found["routers"]] == [1.0] * 4, "nothing was changed"
+    assert all(expert["relative_error"] < 1e-5 for row in found["routers"] for expert in row["experts"])
+    assert sum(expert["tokens"] for expert in found["routers"][0]["experts"]) == 2 * 512
+    assert found["stored"]["bits_per_weight"] == pytest.approx(32, rel=0.1)
+    assert found["stored"]["expert_bits_per_weight"] == 32
     assert [row.subject for row in read_report(artifact).losses] == ["source", "artifact"]
+    assert read_report(artifact).comparison is not None
+    assert "<h2>Against the source" in (artifact / "report.html").read_text()
     assert "<h2>Losses" in (artifact / "report.html").read_text()
     assert moec("verify", artifact)[0] == 0, "measurements are outside of the digests"
 
