@@ -56,6 +56,7 @@ def verify_folder(
         source, beside = artifact.source_folder(against), artifact.other_folders(others)
     except UsageError as error:
         # without the source nothing more can be found out, so damage goes first
+        error.message = f"all files are as the manifest lists them, and nothing else was compared: {error.message}"
         raise damage or error from None
     progress("loading the source")
     original = load_huggingface(source, WeightStore(store or default_store()), beside)

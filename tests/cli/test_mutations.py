@@ -133,6 +133,7 @@ def test_source_that_is_gone(moec: Command, artifact: Path) -> None:
     code, _, err = moec("verify", artifact)
     assert code == 2
     assert "--against" in err and "--files-only" in err
+    assert "all files are as the manifest lists them, and nothing else was compared" in err
     code, out, _ = moec("verify", artifact, "--files-only")
     assert code == 0
     assert "files are as the manifest lists them" in out and "not compared" in out
