@@ -18,8 +18,8 @@ from moec.quantization.packing import unpack_bits
 if TYPE_CHECKING:
     from moec.quantization.packed import Packed
 
-BYTE_STEP = 32
-"""Columns of bytes that one matrix instruction takes at least."""
+FEWEST_COLUMNS = 16
+"""Columns that one matrix instruction takes at least."""
 
 
 def code_matrix(matrix: Matrix, where: str) -> CodedMatrix:
@@ -79,8 +79,7 @@ def _with_scales(
     stored = 0
     if group and group < columns:
         stored = group if group % PLANE_BLOCK == 0 else math.gcd(group, PLANE_BLOCK)
-        smallest = BYTE_STEP if bits == 8 else PLANE_BLOCK * bits // 16
-        if stored < smallest:
+        if stored < FEWEST_COLUMNS:
             raise _refusal(f"a scale for every {group} weights of {bits} bits", where)
         found = [None if item is None else item.repeat_interleave(group // stored, dim=1) for item in found]
     spread = [None if item is None else item.expand(rows, -1) for item in found]

@@ -9,7 +9,7 @@ from enum import IntEnum
 
 import torch
 
-from moec.codegen.triton.spec import PLANE_BLOCK, WIDTH_UNIT, Element, Factors, MatrixFormat, padded
+from moec.codegen.triton.spec import WIDTH_UNIT, Element, Factors, MatrixFormat, padded
 
 
 class Column(IntEnum):
@@ -226,8 +226,8 @@ def storage(matrix: CodedMatrix, element: Element) -> torch.Tensor:
     if item.bits == 8:
         return (matrix.values.to(torch.int16) - item.middle).to(torch.int8).reshape(-1)
     rows, columns = matrix.values.shape
-    length = PLANE_BLOCK // item.planes
-    codes = matrix.values.to(torch.int32).reshape(rows, columns // PLANE_BLOCK, item.planes, length)
+    length = item.plane_block // item.planes
+    codes = matrix.values.to(torch.int32).reshape(rows, columns // item.plane_block, item.planes, length)
     shifts = torch.arange(item.planes, dtype=torch.int32) * item.bits
     words = (codes << shifts[:, None]).sum(dim=2, dtype=torch.int32)
     # the upper half of the words are negative numbers of 16 bits

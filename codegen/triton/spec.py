@@ -70,6 +70,11 @@ class MatrixFormat:
         return 16 // self.bits if self.bits in (2, 4) else 1
 
     @property
+    def plane_block(self) -> int:
+        """Columns that share words: fewer than `PLANE_BLOCK` where a scale is for fewer than those of a plane."""
+        return self.planes * min(PLANE_BLOCK // self.planes, self.scale_columns or PLANE_BLOCK)
+
+    @property
     def step(self) -> int:
         """Columns that one step of the loop over a packed row takes."""
         return min(PLANE_BLOCK, self.scale_columns or PLANE_BLOCK) if self.bits == 8 else PLANE_BLOCK

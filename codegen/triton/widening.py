@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from moec.codegen.triton.formats import BYTE_STEP
+from moec.codegen.triton.formats import FEWEST_COLUMNS
 from moec.codegen.triton.packing import CodedMatrix
 from moec.codegen.triton.spec import FLOAT, MatrixFormat
 
@@ -20,7 +20,7 @@ def common_format(one: CodedMatrix, other: CodedMatrix) -> tuple[CodedMatrix, Co
     group = math.gcd(*groups) if groups else 0
     zeros = any(item.zero_points for item in formats)
     signed = MatrixFormat(8, 128, group, zeros)
-    if group and group < BYTE_STEP:
+    if group and group < FEWEST_COLUMNS:
         return _as_floats(one), _as_floats(other)
     return _widened(one, signed), _widened(other, signed)
 

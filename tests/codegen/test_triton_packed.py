@@ -28,6 +28,8 @@ FORMATS: dict[str, Format] = {
     "int8 in groups": Integer(8, Span.GROUP, 32),
     "int5 with numbers as zero points": Integer(5, Span.ROW, 0, ZeroPoint.FLOAT),
     "int4 in groups of 32 with zero points": Integer(4, Span.GROUP, 32, ZeroPoint.INTEGER),
+    "int4 in groups of 16": Integer(4, Span.GROUP, 16),
+    "int8 in groups of 16 with zero points": Integer(8, Span.GROUP, 16, ZeroPoint.INTEGER),
     "int3 of a row": Integer(3),
     "int2 in groups": Integer(2, Span.GROUP, 16, ZeroPoint.FLOAT),
     "signs": Integer(1),
@@ -56,7 +58,12 @@ MIXED = Case(
 )
 BY_NAME = {case.name: case for case in CASES}
 FAST = {
-    Element.FLOAT32: [BY_NAME["int8 in groups"], BY_NAME["int4 in groups of 32 with zero points"], BY_NAME["signs"]],
+    Element.FLOAT32: [
+        BY_NAME["int8 in groups"],
+        BY_NAME["int4 in groups of 32 with zero points"],
+        BY_NAME["signs"],
+        BY_NAME["int4 in groups of 16"],
+    ],
     Element.FLOAT16: [BY_NAME["trits"]],
     Element.BFLOAT16: [MIXED],
 }
