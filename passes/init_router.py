@@ -34,8 +34,10 @@ from moec.passes.router_init.features import (
 )
 from moec.passes.router_init.prompts import PromptMode, prompt_rows, read_prompts
 from moec.passes.router_init.solutions import (
+    FitTarget,
     domain_rows,
     expert_importance,
+    fit_target,
     group_rows,
     joined,
     least_squares,
@@ -75,8 +77,10 @@ class InitRouter(Pass):
     """Gives every router weights that rank experts, without training: in closed form, by chance, or from texts.
 
     1. What expert e gives to row x is the sum over its neurons of |phi_i(x)| ||D_i||, or the length of its output where
-       it is heads of attention. `least-squares` fits a linear map with a bias to that on the calibration sample; it
-       needs 32 rows for each of its hidden size + 1 unknowns to be reliable, and says where there are fewer.
+       it is heads of attention. `least-squares` fits a linear map with a bias to that (`target=contribution`), to the
+       share that each expert has of it, or to how many experts give less, on the calibration sample. The last two let
+       every row count alike, since rows with large activations would decide the fit of what is given itself.
+       The fit needs 32 rows for each of its hidden size + 1 unknowns to be reliable, and says where there are fewer.
        `bias=false` fits one through the origin, such as the routers of Mixtral are. `activation-centroid` sends a row
        to the nearest of the experts' mean rows, exactly: its bias is -||c||^2 / 2.
     2. `random`, `frozen-random`, `group`, `weight-centroid` and `hidden-layer` need no calibration. A bias goes into
@@ -105,6 +109,7 @@ class InitRouter(Pass):
     kind: RouterKind = option("where the weights come from", RouterKind.LEAST_SQUARES)
     deviation: float = option("standard deviation of random weights", 0.02)
     ridge: float = option("least squares: damping as a share of the mean squared input", 1e-4)
+    target: FitTarget = option("least squares: what the map is to come near to", FitTarget.RANK)
     shards: int = option("group: outputs that make one whole block", 1)
     active: int = option("representative-neuron: neurons that count as active on a token", 10)
     prompts: Path | None = option("prompts: the file", None)
@@ -175,7 +180,8 @@ class InitRouter(Pass):
         if self.kind is RouterKind.ACTIVATION_CENTROID:
             return row_centroids(sample.router_input, importance)
         self._require_rows(layer, len(sample), width + (self.bias is not False), context)
-        weight, bias = least_squares(sample.router_input, importance, self.ridge, bias=self.bias is not False)
+        target = fit_target(self.target, importance)
+        weight, bias = least_squares(sample.router_input, target, self.ridge, bias=self.bias is not False)
         return weight, None if self.bias is False else bias
 
     def _require_rows(self, layer: MoeLayer, rows: int, unknowns: int, context: PassContext) -> None:

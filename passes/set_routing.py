@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -14,7 +15,7 @@ from moec.dialects.moe import Normalize, Routing, Score, Select, WeightFrom
 from moec.errors import UsageError
 from moec.experts import MoeLayer, find_moe_layers, replace_routing, run_layer
 from moec.experts.router_source import feed_router, follow_router
-from moec.ir import Operation
+from moec.ir import Operation, TensorType
 from moec.passes.routing.sequence_mean import sequence_mean, sequence_means, sequence_obstacle
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
@@ -75,12 +76,14 @@ class SetRouting(Pass):
        dense block give nearest to what it gave with equal gates, and the softmax of logits of a small spread nearly is
        that, in a form that Mixtral and its like have: `combine=softmax spread=0.004`. Where a token gets all experts,
        gates are one instead, and the layer computes what the block did.
+       Behind a calibration the report says how choices spread over experts, and which ones nothing chose.
     5. `scope=sequence` gives all tokens of a sequence the same experts. A decoder chooses before it knows the sequence,
        so only encoders can have it. `scope=model` lets all layers choose by the logits of the first one.
     """
 
     claim: ClassVar[Claim] = Claim.LOSSY
     changed = Statistic("routes")
+    unused = Statistic("experts that no token of the calibration text chose")
     select: Selection = option("which experts a token gets; k alone means top-k", Selection.KEEP)
     k: int = option("experts for each token; 0 leaves their number", 0)
     share: float = option("experts for each token as a share of the layer's, one at least; 0 leaves their number", 0.0)
@@ -133,7 +136,28 @@ class SetRouting(Pass):
                 factor = _best_scale(layer, context.require_calibration().sample(layer))
                 layer = replace_routing(layer, _scaled(routing, factor))
                 context.remark(layer.route, f"the sum of the experts is multiplied by {_scale_of(layer):.4f}")
+            self._tell_use(layer, context)
             context.count(self.changed)
+
+    def _tell_use(self, layer: MoeLayer, context: PassContext) -> None:
+        """How choices spread over experts on the calibration text, where there is one and tokens have a choice."""
+        sample = _known_sample(layer, context)
+        if sample is None or layer.expert_count < 2 or layer.route.routing.select is Select.ALL:
+            return
+        read = layer.router.tensor("input").type
+        if not isinstance(read, TensorType) or read.shape[-1] != sample.router_input.shape[-1]:
+            return  # a pass between put something else in front of the router
+        chosen = sample.route(layer).stored_ids
+        share = torch.bincount(chosen[chosen >= 0], minlength=layer.expert_count).double()
+        share /= share.sum().clamp(min=1)
+        evenness = float(torch.special.entr(share).sum() / math.log(layer.expert_count))
+        never = ", ".join(map(str, (share == 0).nonzero()[:, 0].tolist()))
+        context.count(self.unused, int((share == 0).sum()))
+        context.remark(
+            layer.route,
+            f"experts get {float(share.min()):.1%} to {float(share.max()):.1%} of the choices on the calibration text, "
+            f"{evenness:.1%} of the entropy of equal shares" + (f"; none chose {never}" if never else ""),
+        )
 
     def _selected(self, layer: MoeLayer, context: PassContext) -> Routing:
         routing: Routing = layer.route.routing

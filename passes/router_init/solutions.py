@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 
 import torch
 
@@ -10,6 +11,14 @@ from moec.errors import UsageError
 from moec.experts import Dense, FeedForward, Projection
 
 _CHUNK_ROWS = 2048
+
+
+class FitTarget(Enum):
+    """What the least-squares map of a row is to come near to."""
+
+    CONTRIBUTION = "contribution"  # what each expert gives
+    SHARE = "share"  # the same as a share of what all give, so that no row counts more than others
+    RANK = "rank"  # the number of experts that give less
 
 
 def expert_importance(experts: Sequence[FeedForward], rows: torch.Tensor) -> torch.Tensor:
@@ -25,6 +34,19 @@ def expert_importance(experts: Sequence[FeedForward], rows: torch.Tensor) -> tor
         ]
         columns.append(torch.cat(parts))
     return torch.stack(columns, dim=1)
+
+
+def fit_target(kind: FitTarget, importance: torch.Tensor) -> torch.Tensor:
+    """The target for what experts give to rows, float64 [n, E]; of equal ones the lower expert ranks higher."""
+    match kind:
+        case FitTarget.CONTRIBUTION:
+            return importance
+        case FitTarget.SHARE:
+            return importance / importance.sum(1, keepdim=True).clamp(min=1e-300)
+        case FitTarget.RANK:
+            order = torch.sort(importance, dim=1, descending=True, stable=True).indices
+            places = torch.arange(importance.shape[1] - 1, -1, -1, dtype=torch.float64)
+            return torch.zeros_like(importance, dtype=torch.float64).scatter_(1, order, places.expand(order.shape))
 
 
 def least_squares(

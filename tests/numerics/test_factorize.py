@@ -132,7 +132,7 @@ def test_a_least_squares_router_errs_less_than_a_random_one(sparse: Module) -> N
 
 def test_the_router_ranks_experts_by_what_they_give(sparse: Module) -> None:
     assert sparse.calibration is not None
-    module = changed(sparse, "init-router")
+    module = changed(sparse, "init-router{target=contribution}")
     layer = find_moe_layers(module.op)[0]
     sample = sparse.calibration.sample(layer)
     experts = [load_expert(layer, module.weights, number) for number in range(4)]

@@ -18,7 +18,14 @@ from moec.frontend.huggingface import load_huggingface
 from moec.ir import BlockArgument, Value
 from moec.module import Module
 from moec.passes.router_init.prompts import ExpertPrompts, PromptMode, prompt_rows
-from moec.passes.router_init.solutions import domain_rows, expert_importance, medoids, token_table
+from moec.passes.router_init.solutions import (
+    FitTarget,
+    domain_rows,
+    expert_importance,
+    fit_target,
+    medoids,
+    token_table,
+)
 from moec.reference.executor import Executor
 from moec.weights.store import WeightStore
 from tests.codegen.running import assert_close, emit_and_run
@@ -281,9 +288,9 @@ def test_rows_that_determine_nothing_are_refused(llama: Module, tmp_path: Path) 
 
 
 def test_least_squares_may_go_through_the_origin(llama: Module) -> None:
-    layer, rows, logits = logits_of(changed(llama, "init-router{bias=false}"))
+    layer, rows, logits = logits_of(changed(llama, "init-router{target=contribution bias=false}"))
     assert not layer.router.tensors("bias")
-    fitted, _, with_bias = logits_of(changed(llama, "init-router"))
+    fitted, _, with_bias = logits_of(changed(llama, "init-router{target=contribution}"))
     assert fitted.router.tensors("bias")
     # what is left of a fit through the origin is at right angles to the rows, not to a constant
     experts = [load_expert(layer, llama.weights, number) for number in range(6)]
@@ -291,3 +298,24 @@ def test_least_squares_may_go_through_the_origin(llama: Module) -> None:
     left = (logits.double() - target).T @ rows.double()
     assert float(left.abs().max()) < 1e-2 * float((target.T @ rows.double()).abs().max())
     assert float((with_bias.double() - target).square().sum()) < float((logits.double() - target).square().sum())
+
+
+def test_ranks_and_shares_let_every_row_count_alike() -> None:
+    importance = torch.tensor([[1.0, 3.0, 2.0], [100.0, 300.0, 200.0], [4.0, 4.0, 0.0]], dtype=torch.float64)
+    assert torch.equal(fit_target(FitTarget.CONTRIBUTION, importance), importance)
+    shares = fit_target(FitTarget.SHARE, importance)
+    assert torch.allclose(shares.sum(1), torch.ones(3, dtype=torch.float64)) and torch.allclose(shares[0], shares[1])
+    ranks = fit_target(FitTarget.RANK, importance)
+    # of equal experts the lower one comes first
+    assert ranks.tolist() == [[0.0, 2.0, 1.0], [0.0, 2.0, 1.0], [2.0, 1.0, 0.0]]
+
+
+def test_the_router_fits_what_it_is_told_to(llama: Module) -> None:
+    for kind in FitTarget:
+        layer, rows, logits = logits_of(changed(llama, f"init-router{{target={kind.value}}}"))
+        experts = [load_expert(layer, llama.weights, number) for number in range(6)]
+        importance = expert_importance([expert for expert in experts if isinstance(expert, FeedForward)], rows)
+        target = fit_target(kind, importance)
+        ones = torch.cat([rows.double(), torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+        nearest = ones @ torch.linalg.lstsq(ones, target).solution
+        assert float((logits - nearest).norm()) < 0.02 * float((nearest - nearest.mean(0)).norm())

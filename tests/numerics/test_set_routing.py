@@ -11,7 +11,7 @@ import torch
 import moec
 from moec.dialects.moe import RouteOp, Routing, Score
 from moec.errors import UsageError
-from moec.experts import find_moe_layers, replace_routing, run_layer
+from moec.experts import find_moe_layers, replace_router, replace_routing, run_layer
 from moec.module import Module
 from moec.reference.executor import Executor
 from moec.reference.frame import Observation
@@ -226,3 +226,19 @@ def test_scores_that_are_no_shares_have_no_top_p(llama: Module) -> None:
     replace_routing(layer, replace(layer.route.routing, score=Score.SIGMOID))
     with pytest.raises(UsageError, match="sigmoid"):
         moec.run_passes(module, "set-routing{select=top-p}")
+
+
+def test_use_of_experts_is_told_and_those_that_nothing_chooses_are_named(llama: Module) -> None:
+    module = copy_of(llama)
+    layer = find_moe_layers(module.op)[0]
+    weight = torch.zeros(layer.outputs, layer.hidden_size)
+    replace_router(layer, module.weights, weight, torch.arange(layer.outputs, 0, -1).float())
+    report = moec.run_passes(module, "set-routing{k=2}")
+    record = report.records[-1]
+    assert "0.0% to 50.0% of the choices" in str(record.remarks[0]) and "none chose 2, 3, 4, 5" in str(
+        record.remarks[0]
+    )
+    assert record.statistics["unused"] >= 4
+    # with all experts there is nothing that a token leaves out
+    every = moec.run_passes(module, "set-routing{k=6}").records[-1]
+    assert every.statistics.get("unused", 0) == 0 and "100.0% of the entropy" in str(every.remarks[0])
