@@ -188,7 +188,7 @@ def argument_type(name: str, element: Element) -> str:
         return f"*{_POINTEES[pointee]}"
     if pointee.endswith(("_scales", "_zeros", "_shifts")):
         return "*fp32"
-    return "*i8" if pointee.startswith("int8") else "*i16"
+    return "*i8" if pointee.startswith("int8") else "*i32"
 
 
 def write_binaries(package: Package, architectures: Sequence[Architecture], output: Path) -> None:

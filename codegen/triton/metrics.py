@@ -11,16 +11,10 @@ from pathlib import Path
 
 from moec.codegen.triton.ahead import Compiled
 from moec.codegen.triton.architectures import Architecture
+from moec.codegen.triton.assembly import Code, read_amdgcn, read_sass
 from moec.errors import ResourceError
 
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)")
-_LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
-_MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "IGMMA")
-_AMD_LABEL = re.compile(r"^(\.LBB\w+):")
-_AMD_INSTRUCTION = re.compile(r"^\t([a-z]\w+)(.*)")
-_AMD_MATRIX = ("v_mfma", "v_wmma")
-_AMD_BRANCHES = ("s_cbranch", "s_branch")
 _SHARED_UNIT = 1024  # what the driver takes of shared memory for itself in every program
 
 
@@ -30,7 +24,7 @@ class Metrics:
 
     `occupancy` is the share of a unit's threads that its registers, shared memory and threads let run at once.
     `loop`: instructions of one warp in an innermost loop with matrix instructions (that which has most of them for what
-    it multiplies), `products` those among them, `multiplied` how many products of two numbers they make; all 0 where
+    it multiplies), `products` those among them, `multiplied` how many products with weights they make; all 0 where
     there is no such loop. `narrow_loads`: loads of less than 8 bytes in it.
     """
 
@@ -48,9 +42,8 @@ class Metrics:
 def measure(compiled: Compiled) -> Metrics:
     """Takes a binary apart. Raises ResourceError where the tools that come with triton do not run."""
     architecture = compiled.architecture
-    matrix: tuple[str, ...] = _MATRIX if architecture.is_nvidia else _AMD_MATRIX
-    registers, spills, body = _cubin(compiled.binary) if architecture.is_nvidia else _code_object(compiled.assembly)
-    products = sum(name.startswith(matrix) for name in body)
+    registers, spills, code = _cubin(compiled.binary) if architecture.is_nvidia else _code_object(compiled.assembly)
+    body = code.loop()
     programs = _programs(architecture, registers, compiled.shared_bytes, compiled.warps)
     return Metrics(
         registers=registers,
@@ -59,9 +52,9 @@ def measure(compiled: Compiled) -> Metrics:
         programs=programs,
         occupancy=programs * compiled.warps * architecture.warp / architecture.threads,
         loop=len(body),
-        products=products,
-        multiplied=sum(map(_multiplied, body)),
-        narrow_loads=sum(_is_narrow(name) for name in body),
+        products=sum(item.is_product for item in body),
+        multiplied=sum(item.multiplied for item in body),
+        narrow_loads=sum(_is_narrow(item.name) for item in body),
     )
 
 
@@ -77,52 +70,21 @@ def instructions_per_weight(compiled: Compiled, metrics: Metrics) -> float | Non
     return metrics.loop * compiled.architecture.warp * tile.block_m / metrics.multiplied
 
 
-def _cubin(binary: bytes) -> tuple[int, int, list[str]]:
-    """(registers, spilling instructions, the loop)."""
+def _cubin(binary: bytes) -> tuple[int, int, Code]:
+    """(registers, spilling instructions, instructions)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         resources = _RESOURCES.search(_tool("cuobjdump", "--dump-resource-usage", file.name))
-        text = _tool("nvdisasm", "-c", file.name)
+        code = read_sass(_tool("nvdisasm", "-c", file.name))
     if resources is None:
         raise ResourceError("cuobjdump does not say what a kernel uses")
-    labels: dict[str, int] = {}
-    found: list[tuple[str, str]] = []
-    for line in text.splitlines():
-        label = _LABEL.match(line)
-        if label:
-            labels[label.group(1)] = len(found)
-            continue
-        instruction = _INSTRUCTION.search(line)
-        if instruction:
-            found.append((instruction.group(1), instruction.group(2)))
-    jumps = [
-        (labels[target.group(0)], position)
-        for position, (name, rest) in enumerate(found)
-        if name.startswith("BRA") and (target := re.search(r"\.L_x_\d+", rest)) and target.group(0) in labels
-    ]
-    names = [name for name, _ in found]
-    spills = sum(name.startswith(("STL", "LDL")) for name in names)
-    return int(resources.group(1)), spills, _loop(names, jumps, _MATRIX)
+    return int(resources.group(1)), sum(item.name.startswith(("STL", "LDL")) for item in code.instructions), code
 
 
-def _code_object(assembly: str) -> tuple[int, int, list[str]]:
+def _code_object(assembly: str) -> tuple[int, int, Code]:
     """The same of AMD's assembly text; scalar registers are not counted."""
-    labels: dict[str, int] = {}
-    names: list[str] = []
-    jumps: list[tuple[int, int]] = []
-    for line in assembly.splitlines():
-        label = _AMD_LABEL.match(line)
-        if label:
-            labels[label.group(1)] = len(names)
-            continue
-        instruction = _AMD_INSTRUCTION.match(line)
-        if instruction:
-            target = re.search(r"\.LBB\w+", instruction.group(2))
-            if instruction.group(1).startswith(_AMD_BRANCHES) and target and target.group(0) in labels:
-                jumps.append((labels[target.group(0)], len(names)))
-            names.append(instruction.group(1))
-    return _count(assembly, "vgpr_count"), _count(assembly, "vgpr_spill_count"), _loop(names, jumps, _AMD_MATRIX)
+    return _count(assembly, "vgpr_count"), _count(assembly, "vgpr_spill_count"), read_amdgcn(assembly)
 
 
 def _count(assembly: str, key: str) -> int:
@@ -130,38 +92,6 @@ def _count(assembly: str, key: str) -> int:
     if found is None:
         raise ResourceError(f"the assembly does not say its {key}")
     return int(found.group(1))
-
-
-def _loop(names: list[str], jumps: list[tuple[int, int]], matrix: tuple[str, ...]) -> list[str]:
-    """What a jump back repeats around matrix instructions and around no other such loop; the costliest of several.
-
-    Where loops were unrolled away it goes from the first such instruction to the last; it is empty where there is none.
-    """
-    places = [place for place, name in enumerate(names) if name.startswith(matrix)]
-    if not places:
-        return []
-    loops = [(start, end) for start, end in jumps if any(start <= place <= end for place in places)]
-    inner = [
-        (start, end)
-        for start, end in loops
-        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in loops)
-    ]
-    bodies = [names[start : end + 1] for start, end in inner] or [names[places[0] : places[-1] + 1]]
-    return max(bodies, key=lambda body: len(body) / max(sum(map(_multiplied, body)), 1))
-
-
-def _multiplied(name: str) -> int:
-    """Products of two numbers that one matrix instruction of a warp makes; 0 for other instructions."""
-    if name.startswith("HMMA.1688"):
-        return 16 * 8 * 8
-    if name.startswith("HMMA.16816"):
-        return 16 * 8 * 16
-    shape = re.match(r"(?:HGMMA\.|v_mfma_f32_|v_wmma_f32_)(\d+)x(\d+)x(\d+)", name)
-    if shape is None:
-        return 0
-    size = math.prod(map(int, shape.groups()))
-    # four warps issue one together
-    return size // 4 if name.startswith("HGMMA") else size
 
 
 def _programs(architecture: Architecture, registers: int, shared_bytes: int, warps: int) -> int:

@@ -191,11 +191,11 @@ def pack_experts(experts: Sequence[CodedExpert], hidden_size: int, element: Elem
             table[number, first] = formats.index(matrix.format)
             table[number, first + 1] = store.append(name, storage(matrix, element), matrix.shared)
             if matrix.scales is not None:
-                scales = matrix.scales.T.reshape(-1)
+                scales, beside = kernel_scales(matrix)
                 table[number, first + 2] = store.append(f"{name}_scales", scales, matrix.shared)
-            if matrix.zeros is not None:
-                beside = "shifts" if matrix.format.two_levels else "zeros"
-                store.append(f"{name}_{beside}", matrix.zeros.T.reshape(-1), matrix.shared)
+                if beside is not None:
+                    second = "shifts" if matrix.format.two_levels else "zeros"
+                    store.append(f"{name}_{second}", beside, matrix.shared)
     biases = any(item.bias is not None for expert in experts for item in _projections(expert))
     for number, expert in enumerate(experts):
         table[number, Column.WIDTH] = expert.padded_width
@@ -226,12 +226,33 @@ def storage(matrix: CodedMatrix, element: Element) -> torch.Tensor:
     if item.bits == 8:
         return (matrix.values.to(torch.int16) - item.middle).to(torch.int8).reshape(-1)
     rows, columns = matrix.values.shape
-    length = item.plane_block // item.planes
-    codes = matrix.values.to(torch.int32).reshape(rows, columns // item.plane_block, item.planes, length)
-    shifts = torch.arange(item.planes, dtype=torch.int32) * item.bits
-    words = (codes << shifts[:, None]).sum(dim=2, dtype=torch.int32)
-    # the upper half of the words are negative numbers of 16 bits
-    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16).reshape(-1)
+    words = item.plane_block // item.codes_per_element
+    codes = matrix.values.to(torch.int64).reshape(rows, columns // item.plane_block, item.planes, words, 2)
+    shifts = torch.arange(item.planes)[:, None, None] * item.bits + torch.tensor([0, 16])
+    found = (codes << shifts).sum(dim=(2, 4))
+    # the upper half of the words are negative numbers of 32 bits
+    return torch.where(found >= 1 << 31, found - (1 << 32), found).to(torch.int32).reshape(-1)
+
+
+def kernel_scales(matrix: CodedMatrix) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scales as one vector, and what is beside them: factors of the sum of rows, or second scales of two levels.
+
+    They are for what kernels read of a code (`MatrixFormat.unit`). A number is scale * read + factor for zero points.
+    Blocks of columns follow one another; in a block those of one row are neighbours.
+    """
+    item = matrix.format
+    assert matrix.scales is not None
+    scales = matrix.scales * item.unit
+
+    def ordered(values: torch.Tensor) -> torch.Tensor:
+        rows = len(values)
+        return values.reshape(rows, -1, item.parts).transpose(0, 1).reshape(-1)
+
+    if matrix.zeros is None:
+        return ordered(scales), None
+    if item.two_levels:
+        return ordered(scales), ordered(matrix.zeros * item.unit)
+    return ordered(scales), ordered(-scales * (item.zero_code + matrix.zeros / item.unit))
 
 
 def _projections(expert: CodedExpert) -> tuple[CodedProjection, ...]:

@@ -23,6 +23,8 @@ ROUTE_OPERANDS = ("logit_bias", "mask", "select_bias", "per_expert_scale")
 _KERNELS = "kernels.py.j2"
 _LINE = 120
 _ROUTE_BLOCK = 1024  # numbers of a block of logits
+_ONES = {Element.BFLOAT16: (7, 0x3F80), Element.FLOAT16: (10, 0x3C00), Element.FLOAT32: (23, 0x3F800000)}
+"""Bits of the fraction, and of the number 1."""
 _SHANNON = 1e-6  # orders of entropy this near to 1 are 1, as in the reference
 # finite stand-ins for minus infinity: masked, lower than every choice, and taken already
 _NEVER, _LOWEST, _TAKEN = "-1.0e30", "-3.3e38", "-3.4e38"
@@ -30,12 +32,19 @@ _NEVER, _LOWEST, _TAKEN = "-1.0e30", "-3.3e38", "-3.4e38"
 
 @dataclass(frozen=True)
 class Decoder:
-    """A function of a kernel file that makes numbers of the codes of one plane of words."""
+    """A function of a kernel file that makes numbers of the codes of one plane of words.
+
+    `place`: the bit where a code belongs in the fraction of a number, `one`: the bits of 1. `halves`: whether both
+    halves of a word become numbers at once; then `mask` and `one` are those of both. `less` is taken off each number.
+    """
 
     name: str
     description: str
-    mask: int
-    expression: str
+    halves: bool
+    place: int
+    mask: str
+    one: str
+    less: float
 
 
 def render_package(kinds: Sequence[LayerKind]) -> dict[str, str]:
@@ -112,6 +121,7 @@ def _values(kind: LayerKind, name: str) -> dict[str, object]:
         "input_names": tensor_names(kind.gate_up, "input"),
         "output_names": tensor_names(kind.down, "output"),
         "decoders": _decoders(kind),
+        "group_counts": _group_counts(kind),
         "outputs_padded": outputs_padded,
         "experts_padded": _power_of_two(kind.experts),
         "slots_padded": _power_of_two(kind.top_k),
@@ -134,24 +144,32 @@ def _values(kind: LayerKind, name: str) -> dict[str, object]:
 
 
 def _decoders(kind: LayerKind) -> tuple[Decoder, ...]:
+    """Codes in the fraction of 1 are exact numbers, and cheaper than a conversion."""
+    fraction_bits, one = _ONES[kind.element]
+    halves = kind.element.nbytes == 2
     found: dict[str, Decoder] = {}
     for item in (*kind.input_formats, *kind.output_formats):
         if item.planes == 1:
             continue
-        what = f"Numbers of the {item.bits}-bit codes from bit SHIFT on, the code {item.middle} being zero."
-        found[item.decoder] = Decoder(item.decoder, what, 2**item.bits - 1, _decoded(kind.element, item.middle))
+        name, place, mask = item.decoder(kind.element), fraction_bits - item.bits, item.unit - 1
+        less = 0.0 if item.folded(kind.element) else item.zero_code
+        first = f"{1 - less:g}" if less else "1"
+        found[name] = Decoder(
+            name,
+            f"{first} + c / {item.unit} for the codes c from bit SHIFT on of both halves of words.",
+            halves,
+            place,
+            f"0x{(mask << place) * 0x10001:08X}" if halves else f"{mask}",
+            f"0x{one * 0x10001 if halves else one:08X}",
+            less,
+        )
     return tuple(found[name] for name in sorted(found))
 
 
-def _decoded(element: Element, middle: int) -> str:
-    """Codes below the lowest bit of the fraction of a power of two are exact, and cheaper than a conversion."""
-    match element:
-        case Element.BFLOAT16:
-            return f"(codes | 0x4300).to(tl.bfloat16, bitcast=True) - {128.0 + middle}"
-        case Element.FLOAT16:
-            return f"(codes | 0x6400).to(tl.float16, bitcast=True) - {1024.0 + middle}"
-        case Element.FLOAT32:
-            return f"codes.to(tl.float32) - {float(middle)}"
+def _group_counts(kind: LayerKind) -> tuple[int, ...]:
+    """Into how many columns scales are taken apart, and the halves of these numbers."""
+    most = max((item.parts for item in (*kind.input_formats, *kind.output_formats)), default=1)
+    return tuple(count for count in (2, 4, 8) if count <= most)
 
 
 def _power_of_two(size: int) -> int:

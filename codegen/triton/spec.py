@@ -46,10 +46,10 @@ class Element(Enum):
 class MatrixFormat:
     """How the numbers of a matrix are stored.
 
-    `bits` 0: numbers of the layer's element type. 8: one signed byte each. 4 and 2: `16 // bits` unsigned codes in a
-    16-bit word; a word holds one code of each of as many equal parts of a block of `PLANE_BLOCK` columns, so that the
-    codes of one plane are neighbours. A number is scale * (code - middle - zero point). `scale_columns` neighbours in a
-    row share a scale, all of them where it is 0; `zero_points`: whether there is one float beside each scale.
+    `bits` 0: numbers of the layer's element type. 8: one signed byte each. 4 and 2: `16 // bits` unsigned codes in each
+    half of a 32-bit word; a half holds one code of each of as many equal parts of a block of `PLANE_BLOCK` columns, so
+    that the codes of one plane are neighbours. A number is scale * (code - middle - zero point). `scale_columns`
+    neighbours in a row share a scale, all of them where it is 0; `zero_points`: whether there is one beside each scale.
     `two_levels`, of trits of whole rows: the float beside the scale is another scale, that of |code - middle|.
     """
 
@@ -66,7 +66,7 @@ class MatrixFormat:
 
     @property
     def planes(self) -> int:
-        """Codes in a word."""
+        """Codes in half a word."""
         return 16 // self.bits if self.bits in (2, 4) else 1
 
     @property
@@ -75,14 +75,37 @@ class MatrixFormat:
         return self.planes * min(PLANE_BLOCK // self.planes, self.scale_columns or PLANE_BLOCK)
 
     @property
-    def step(self) -> int:
-        """Columns that one step of the loop over a packed row takes."""
-        return min(PLANE_BLOCK, self.scale_columns or PLANE_BLOCK) if self.bits == 8 else PLANE_BLOCK
+    def codes_per_element(self) -> int:
+        """Numbers in an element of what is stored: a number, a byte or a word."""
+        return 2 * self.planes if self.planes > 1 else 1
 
     @property
-    def decoder(self) -> str:
+    def parts(self) -> int:
+        """Groups with a scale of their own in one step of the loop over a packed row."""
+        return self.step // self.scale_columns if 0 < self.scale_columns < self.step else 1
+
+    @property
+    def unit(self) -> int:
+        """Kernels read the code c of a plane as 1 + c / unit, which is the fraction of a float; bytes as they are."""
+        return 1 << self.bits if self.planes > 1 else 1
+
+    @property
+    def zero_code(self) -> float:
+        """What kernels read where a number is zero, but for zero points."""
+        return 1 + self.middle / self.unit if self.planes > 1 else 0.0
+
+    def folded(self, element: Element) -> bool:
+        """Whether `zero_code` is taken off the sums of products instead of each number."""
+        return self.planes > 1 and not self.two_levels and (element.nbytes == 2 or self.zero_points)
+
+    @property
+    def step(self) -> int:
+        """Columns that one step of the loop over a packed row takes."""
+        return min(PLANE_BLOCK, self.scale_columns or PLANE_BLOCK) if self.bits == 8 else self.plane_block
+
+    def decoder(self, element: Element) -> str:
         """The name of the function that makes numbers of the codes of one plane."""
-        return f"codes_{self.bits}_middle_{self.middle}"
+        return f"codes_{self.bits}" + ("" if self.folded(element) else f"_less_{self.middle}")
 
     @property
     def column_unit(self) -> int:
@@ -266,4 +289,4 @@ def stored_sizes(item: MatrixFormat, rows: int, columns: int) -> tuple[int, int]
     """Elements (numbers, bytes or words) and scales that a matrix [rows, columns] takes, each padded for alignment."""
     extent = padded(columns, item.column_unit)
     groups = extent // item.scale_columns if item.scale_columns else 1
-    return padded(rows * extent // item.planes, WIDTH_UNIT), padded(rows * groups, WIDTH_UNIT) * item.packed
+    return padded(rows * extent // item.codes_per_element, WIDTH_UNIT), padded(rows * groups, WIDTH_UNIT) * item.packed

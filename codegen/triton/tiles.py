@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from enum import Enum
 
-from moec.codegen.triton.architectures import ARCHITECTURES
+from moec.codegen.triton.architectures import ARCHITECTURES, Architecture
 from moec.codegen.triton.spec import FLOAT, PLANE_BLOCK, LayerKind, Product
 
 DEFAULT = "default"
@@ -38,24 +38,22 @@ class Tile:
 
 def tile_table(kinds: Sequence[LayerKind]) -> dict[str, dict[str, list[int]]]:
     """`tiles.json`: for each architecture the tiles by `kind/phase/product`."""
-    limits = {item.name: item.shared_bytes for item in ARCHITECTURES}
+    smallest = min(ARCHITECTURES, key=lambda item: (item.shared_bytes, item.is_nvidia))
     table: dict[str, dict[str, list[int]]] = {}
-    for name, limit in {DEFAULT: min(limits.values()), INTERPRETER: 0, **limits}.items():
+    for name, wanted in {DEFAULT: smallest, INTERPRETER: None, **{item.name: item for item in ARCHITECTURES}}.items():
         entries = table.setdefault(name, {})
         for number, kind in enumerate(kinds):
             for phase in Phase:
                 for product_name, product in (("gate_up", kind.gate_up), ("down", kind.down)):
                     tile = (
-                        _interpreted(kind, phase, product)
-                        if name == INTERPRETER
-                        else tile_for(kind, phase, product, limit)
+                        _interpreted(kind, phase, product) if wanted is None else tile_for(kind, phase, product, wanted)
                     )
                     entries[f"kind_{number}/{phase.value}/{product_name}"] = list(astuple(tile))
     return table
 
 
-def tile_for(kind: LayerKind, phase: Phase, product: Product, shared_bytes: int) -> Tile:
-    """The tile of a product, with as many stages as fit `shared_bytes`."""
+def tile_for(kind: LayerKind, phase: Phase, product: Product, wanted: Architecture) -> Tile:
+    """The tile of a product, with as many stages as fit an architecture."""
     wide = kind.element.nbytes == 2
     if phase is Phase.MANY:
         tile = Tile(64, 64, 64, 4, 3) if wide else Tile(32, 32, 32, 4, 3)
@@ -64,20 +62,20 @@ def tile_for(kind: LayerKind, phase: Phase, product: Product, shared_bytes: int)
         tile = Tile(16, 64, 64, 2, 4) if wide else Tile(16, 32, 32, 2, 4)
         if wide and product.formats == (FLOAT,) and len(product.results) == 1:
             tile = replace(tile, block_k=128, stages=3)
-        if len(product.formats) > 1 and len(product.results) > 1:
-            # the registers of all formats are held at once
-            tile = replace(tile, block_n=32)
-    if any(0 < item.scale_columns < PLANE_BLOCK or item.zero_points for item in product.formats):
-        # sums of parts of a block, and of rows for zero points, take registers beside those of the result
-        several = len(product.results) > 1
-        tile = (
-            Tile(16, 32, 64, 2, 4)
-            if several
-            else replace(tile, block_n=min(tile.block_n, 32 + 32 * (phase is not Phase.MANY)))
-        )
-    while tile.stages > 1 and shared_memory(kind, product, tile) > shared_bytes:
+        if wide and phase is Phase.SLOTS and wanted.is_nvidia:
+            # the right side of a matrix instruction has 8 columns there, and a slot is one row
+            tile = replace(tile, block_m=8)
+    if wide and any(item.parts > 1 or item.zero_points for item in product.formats):
+        # sums of groups and of rows take registers beside those of the result
+        if phase is Phase.MANY:
+            tile = replace(tile, block_m=64 // len(product.results), block_n=32)
+        else:
+            # 32 threads of AMD hold half of what 64 do, and loads ahead of their use stay in registers there
+            other = replace(tile, warps=128 // wanted.warp, stages=2)
+            tile = replace(tile, block_m=8) if wanted.is_nvidia else other
+    while tile.stages > 1 and shared_memory(kind, product, tile) > wanted.shared_bytes:
         tile = replace(tile, stages=tile.stages - 1)
-    while tile.block_n > 16 and shared_memory(kind, product, tile) > shared_bytes:
+    while tile.block_n > 16 and shared_memory(kind, product, tile) > wanted.shared_bytes:
         tile = replace(tile, block_n=tile.block_n // 2)
     return tile
 

@@ -10,6 +10,7 @@ import pytest
 
 from moec.codegen.triton.ahead import Compiled, Package, compile_launch, write_binaries
 from moec.codegen.triton.architectures import ARCHITECTURES, architecture
+from moec.codegen.triton.assembly import read_sass
 from moec.codegen.triton.emit import LAYERS_FILE, TILES_FILE
 from moec.codegen.triton.kernel_report import report_kernels
 from moec.codegen.triton.metrics import instructions_per_weight, measure
@@ -24,14 +25,17 @@ from moec.experts import find_moe_layers
 from tests.codegen.triton_layers import Case, build
 
 INT4, TERNARY = MatrixFormat(4, 8, 128), MatrixFormat(2, 1)
+DEFAULT_INT4 = MatrixFormat(4, 8, 32, zero_points=True)
+"""What `quantize{bits=4}` makes."""
 FORMATS: dict[str, tuple[MatrixFormat, ...]] = {
     "float": (FLOAT,),
     "int4": (INT4,),
+    "int4 by default": (DEFAULT_INT4,),
     "ternary": (TERNARY,),
     "mixed": (TERNARY, INT4),
 }
 # instructions of a thread for each weight on sm90, where one slot or few rows have an expert's weights
-BARS = {"float": 1.8, "int4": 4.0, "ternary": 4.0, "mixed": 4.0}
+BARS = {"float": 1.8, "int4": 4.0, "int4 by default": 4.0, "ternary": 4.0, "mixed": 4.0}
 
 
 def _kind(name: str, element: Element = Element.BFLOAT16) -> LayerKind:
@@ -70,13 +74,31 @@ def _compile(package: Package, target: str, name: str) -> Compiled:
     return compile_launch(launch, wanted, package.element)
 
 
-@pytest.mark.parametrize(("formats", "kernel"), [("float", "down_tokens"), ("int4", "gate_up_slots")])
+@pytest.mark.parametrize(("formats", "kernel"), [("float", "down_tokens"), ("int4 by default", "gate_up_slots")])
 def test_few_instructions_for_a_weight(formats: str, kernel: str, tmp_path: Path) -> None:
     compiled = _compile(_package(_kind(formats), tmp_path), "sm90", kernel)
     metrics = measure(compiled)
     assert metrics.spills == 0
     per_weight = instructions_per_weight(compiled, metrics)
     assert per_weight is not None and 0.5 < per_weight <= BARS[formats]
+
+
+def test_sums_of_rows_are_no_products_with_weights() -> None:
+    """Two products, one with registers of a constant that was moved: only the other multiplies weights."""
+    text = """
+        /*0010*/                   IMAD.MOV.U32 R4, RZ, RZ, 0x3f803f80 ;
+        /*0020*/                   MOV R5, R4 ;
+        /*0030*/                   IMAD.MOV.U32 R6, RZ, RZ, R4 ;
+        /*0040*/                   IMAD.MOV.U32 R7, RZ, RZ, R4 ;
+.L_x_0:
+        /*0050*/                   LDS.128 R8, [R20] ;
+        /*0060*/                   HMMA.16816.F32.BF16 R12, R4, R16, RZ ;
+        /*0070*/                   HMMA.16816.F32.BF16 R12, R8, R16, R12 ;
+        /*0080*/              @!P0 BRA `(.L_x_0) ;
+    """
+    loop = read_sass(text).loop()
+    assert [item.multiplied for item in loop] == [0, 0, 16 * 8 * 16, 0]
+    assert sum(item.is_product for item in loop) == 2
 
 
 def test_amd_binaries_are_taken_apart(tmp_path: Path) -> None:

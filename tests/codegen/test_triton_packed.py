@@ -99,10 +99,11 @@ def test_four_codes_of_a_word_are_a_quarter_of_a_block_apart() -> None:
     coded = code_matrix(Quantized(round_matrix(Target(Integer(4)), matrix)), "")
     whole = CodedProjection(coded)
     packed = pack_experts([CodedExpert(256, None, whole, whole)], 256, Element.BFLOAT16)
-    words = packed.tensors["input_int4"].to(torch.int32)[:64].reshape(2, 32)
-    codes = coded.values[0].reshape(2, 4, 32)
+    words = packed.tensors["input_int4"][:32].reshape(2, 16)
+    codes = coded.values[0].reshape(2, 4, 16, 2).int()
     for plane in range(4):
-        assert torch.equal((words >> 4 * plane) & 15, codes[:, plane].int())
+        for half in range(2):
+            assert torch.equal((words >> 16 * half + 4 * plane) & 15, codes[:, plane, :, half])
 
 
 REFUSED = {

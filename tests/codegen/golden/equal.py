@@ -106,20 +106,23 @@ def gate_up_grouped(
         width = 48
         base = expert.to(tl.int64) * 3072
         column_valid = column < width
-        gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        gate = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, 32, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = (k < 32) | WHOLE
             rows_mask = valid[:, None] & inside[None, :]
-            weights_mask = column_valid[:, None] & inside[None, :]
             block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+            block = tl.trans(block)
+            weights_mask = column_valid[:, None] & inside[None, :]
             gate_rows = float_ptr + base + column[:, None] * 32 + k[None, :]
             gate_weights = tl.load(gate_rows, mask=weights_mask, other=0.0)
             up_rows = float_ptr + base + (column + width)[:, None] * 32 + k[None, :]
             up_weights = tl.load(up_rows, mask=weights_mask, other=0.0)
-            gate = tl.dot(block, tl.trans(gate_weights), gate, input_precision="ieee")
-            up = tl.dot(block, tl.trans(up_weights), up, input_precision="ieee")
+            gate = tl.dot(gate_weights, block, gate, input_precision="ieee")
+            up = tl.dot(up_weights, block, up, input_precision="ieee")
+        gate = tl.trans(gate)
+        up = tl.trans(up)
         hidden = activate(gate, up)
         target = hidden_ptr + slot[:, None] * 48 + column[None, :]
         tl.store(target, hidden.to(tl.bfloat16), mask=valid[:, None] & column_valid[None, :])
@@ -150,20 +153,23 @@ def gate_up_slots(
         column_valid = column < width
         source = (slot // 2) * 32 + tl.zeros([BLOCK_M], dtype=tl.int64)
         if tl.program_id(0) * BLOCK_N < width:
-            gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            gate = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+            up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, 32, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 inside = (k < 32) | WHOLE
                 rows_mask = valid[:, None] & inside[None, :]
-                weights_mask = column_valid[:, None] & inside[None, :]
                 block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                block = tl.trans(block)
+                weights_mask = column_valid[:, None] & inside[None, :]
                 gate_rows = float_ptr + base + column[:, None] * 32 + k[None, :]
                 gate_weights = tl.load(gate_rows, mask=weights_mask, other=0.0)
                 up_rows = float_ptr + base + (column + width)[:, None] * 32 + k[None, :]
                 up_weights = tl.load(up_rows, mask=weights_mask, other=0.0)
-                gate = tl.dot(block, tl.trans(gate_weights), gate, input_precision="ieee")
-                up = tl.dot(block, tl.trans(up_weights), up, input_precision="ieee")
+                gate = tl.dot(gate_weights, block, gate, input_precision="ieee")
+                up = tl.dot(up_weights, block, up, input_precision="ieee")
+            gate = tl.trans(gate)
+            up = tl.trans(up)
             hidden = activate(gate, up)
             target = hidden_ptr + slot * 48 + column[None, :] + tl.zeros([BLOCK_M, 1], dtype=tl.int32)
             tl.store(target, hidden.to(tl.bfloat16), mask=valid[:, None] & column_valid[None, :])
@@ -202,16 +208,18 @@ def down_grouped(
         source = slot * 48
         base = expert.to(tl.int64) * 1536
         column_valid = column < 32
-        down = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        down = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, 48, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = (k < 48) | WHOLE
             rows_mask = valid[:, None] & inside[None, :]
-            weights_mask = column_valid[:, None] & inside[None, :]
             block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+            block = tl.trans(block)
+            weights_mask = column_valid[:, None] & inside[None, :]
             down_rows = float_ptr + base + column[:, None] * 48 + k[None, :]
             down_weights = tl.load(down_rows, mask=weights_mask, other=0.0)
-            down = tl.dot(block, tl.trans(down_weights), down, input_precision="ieee")
+            down = tl.dot(down_weights, block, down, input_precision="ieee")
+        down = tl.trans(down)
         weight = tl.load(gates_ptr + slot, mask=valid, other=0.0)
         target = y_ptr + slot[:, None] * 32 + column[None, :]
         tl.store(target, (down * weight[:, None]).to(tl.bfloat16), mask=valid[:, None] & column_valid[None, :])
@@ -243,16 +251,18 @@ def down_tokens(
         if expert >= 0:
             source = slot * 48 + tl.zeros([BLOCK_M], dtype=tl.int64)
             base = expert.to(tl.int64) * 1536
-            down = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            down = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, 48, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 inside = (k < 48) | WHOLE
                 rows_mask = valid[:, None] & inside[None, :]
-                weights_mask = column_valid[:, None] & inside[None, :]
                 block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                block = tl.trans(block)
+                weights_mask = column_valid[:, None] & inside[None, :]
                 down_rows = float_ptr + base + column[:, None] * 48 + k[None, :]
                 down_weights = tl.load(down_rows, mask=weights_mask, other=0.0)
-                down = tl.dot(block, tl.trans(down_weights), down, input_precision="ieee")
+                down = tl.dot(down_weights, block, down, input_precision="ieee")
+            down = tl.trans(down)
             total += down * tl.load(gates_ptr + slot)
     target = y_ptr + token * 32 + column[None, :] + tl.zeros([BLOCK_M, 1], dtype=tl.int32)
     tl.store(target, total.to(tl.bfloat16), mask=valid[:, None] & column_valid[None, :])

@@ -71,17 +71,29 @@ def expert_of(ids_ptr, gates_ptr, stored_ptr, slot):
 
 
 @triton.jit
-def codes_2_middle_1(words, SHIFT: tl.constexpr):
-    """Numbers of the 2-bit codes from bit SHIFT on, the code 1 being zero."""
-    codes = (words >> SHIFT) & 3
-    return (codes | 0x4300).to(tl.bfloat16, bitcast=True) - 129.0
+def codes_2(words, SHIFT: tl.constexpr):
+    """1 + c / 4 for the codes c from bit SHIFT on of both halves of words."""
+    if SHIFT > 5:
+        moved = words >> (SHIFT - 5)
+    else:
+        moved = words << (5 - SHIFT)
+    numbers = (moved & 0x00600060) | 0x3F803F80
+    low = numbers.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    high = (numbers >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
 
 
 @triton.jit
-def codes_4_middle_8(words, SHIFT: tl.constexpr):
-    """Numbers of the 4-bit codes from bit SHIFT on, the code 8 being zero."""
-    codes = (words >> SHIFT) & 15
-    return (codes | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+def codes_4(words, SHIFT: tl.constexpr):
+    """1 + c / 16 for the codes c from bit SHIFT on of both halves of words."""
+    if SHIFT > 3:
+        moved = words >> (SHIFT - 3)
+    else:
+        moved = words << (3 - SHIFT)
+    numbers = (moved & 0x00780078) | 0x3F803F80
+    low = numbers.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    high = (numbers >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
 
 
 @triton.jit
@@ -127,135 +139,74 @@ def gate_up_grouped(
         scale_base = tl.load(table_ptr + expert * 8 + 3)
         coding = tl.load(table_ptr + expert * 8 + 1)
         column_valid = column < width
-        gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        gate = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if coding == 0:
             for start in range(0, 32, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 inside = (k < 32) | WHOLE
                 rows_mask = valid[:, None] & inside[None, :]
-                weights_mask = column_valid[:, None] & inside[None, :]
                 block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                block = tl.trans(block)
+                weights_mask = column_valid[:, None] & inside[None, :]
                 gate_rows = float_ptr + base + column[:, None] * 32 + k[None, :]
                 gate_weights = tl.load(gate_rows, mask=weights_mask, other=0.0)
                 up_rows = float_ptr + base + (column + width)[:, None] * 32 + k[None, :]
                 up_weights = tl.load(up_rows, mask=weights_mask, other=0.0)
-                gate = tl.dot(block, tl.trans(gate_weights), gate, input_precision="ieee")
-                up = tl.dot(block, tl.trans(up_weights), up, input_precision="ieee")
+                gate = tl.dot(gate_weights, block, gate, input_precision="ieee")
+                up = tl.dot(up_weights, block, up, input_precision="ieee")
         if coding == 1:
+            zero_codes = tl.full([BLOCK_N, 16], 1.25, tl.bfloat16)
+            rest = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, 128, 128):
-                plane = tl.arange(0, 16)
-                gate_rows = ternary_ptr + base + column[:, None] * 16
-                gate_rows += (start // 8 + plane)[None, :]
-                gate_words = tl.load(gate_rows, mask=column_valid[:, None], other=0)
-                up_rows = ternary_ptr + base + (column + width)[:, None] * 16
-                up_rows += (start // 8 + plane)[None, :]
-                up_words = tl.load(up_rows, mask=column_valid[:, None], other=0)
-                k = start + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_2_middle_1(gate_words, 0))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_2_middle_1(up_words, 0))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-                k = (start + 16) + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_2_middle_1(gate_words, 2))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_2_middle_1(up_words, 2))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-                k = (start + 32) + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_2_middle_1(gate_words, 4))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_2_middle_1(up_words, 4))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-                k = (start + 48) + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_2_middle_1(gate_words, 6))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_2_middle_1(up_words, 6))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-                k = (start + 64) + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_2_middle_1(gate_words, 8))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_2_middle_1(up_words, 8))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-                k = (start + 80) + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_2_middle_1(gate_words, 10))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_2_middle_1(up_words, 10))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-                k = (start + 96) + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_2_middle_1(gate_words, 12))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_2_middle_1(up_words, 12))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-                k = (start + 112) + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_2_middle_1(gate_words, 14))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_2_middle_1(up_words, 14))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-            gate_scales = ternary_scales_ptr + scale_base + column
-            gate_scale = tl.load(gate_scales, mask=column_valid, other=0.0)
-            gate *= gate_scale[None, :]
-            up_scales = ternary_scales_ptr + scale_base + (column + width)
-            up_scale = tl.load(up_scales, mask=column_valid, other=0.0)
-            up *= up_scale[None, :]
+                word = start // 16 + tl.arange(0, 8)
+                gate_rows = ternary_ptr + base + column[:, None] * 8
+                gate_words = tl.load(gate_rows + word[None, :], mask=column_valid[:, None], other=0)
+                up_rows = ternary_ptr + base + (column + width)[:, None] * 8
+                up_words = tl.load(up_rows + word[None, :], mask=column_valid[:, None], other=0)
+                for plane in tl.static_range(8):
+                    k = start + plane * 16 + tl.arange(0, 16)
+                    rows_mask = valid[:, None] & (k < 32)[None, :]
+                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                    block = tl.trans(block)
+                    rest = tl.dot(zero_codes, block, rest, input_precision="ieee")
+                    gate_weights = codes_2(gate_words, plane * 2)
+                    gate = tl.dot(gate_weights, block, gate, input_precision="ieee")
+                    up_weights = codes_2(up_words, plane * 2)
+                    up = tl.dot(up_weights, block, up, input_precision="ieee")
+            gate_scale = ternary_scales_ptr + scale_base + column
+            gate_scale = tl.load(gate_scale, mask=column_valid, other=0.0)
+            gate = (gate - rest) * gate_scale[:, None]
+            up_scale = ternary_scales_ptr + scale_base + (column + width)
+            up_scale = tl.load(up_scale, mask=column_valid, other=0.0)
+            up = (up - rest) * up_scale[:, None]
         if coding == 2:
+            zero_codes = tl.full([BLOCK_N, 32], 1.5, tl.bfloat16)
+            rest = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, 128, 128):
-                plane = tl.arange(0, 32)
-                gate_rows = int4_ptr + base + column[:, None] * 32
-                gate_rows += (start // 4 + plane)[None, :]
-                gate_words = tl.load(gate_rows, mask=column_valid[:, None], other=0)
-                up_rows = int4_ptr + base + (column + width)[:, None] * 32
-                up_rows += (start // 4 + plane)[None, :]
-                up_words = tl.load(up_rows, mask=column_valid[:, None], other=0)
-                k = start + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_4_middle_8(gate_words, 0))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_4_middle_8(up_words, 0))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-                k = (start + 32) + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_4_middle_8(gate_words, 4))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_4_middle_8(up_words, 4))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-                k = (start + 64) + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_4_middle_8(gate_words, 8))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_4_middle_8(up_words, 8))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-                k = (start + 96) + plane
-                rows_mask = valid[:, None] & (k < 32)[None, :]
-                block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                gate_weights = tl.trans(codes_4_middle_8(gate_words, 12))
-                gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                up_weights = tl.trans(codes_4_middle_8(up_words, 12))
-                up = tl.dot(block, up_weights, up, input_precision="ieee")
-            gate_scales = int4_scales_ptr + scale_base + column
-            gate_scale = tl.load(gate_scales, mask=column_valid, other=0.0)
-            gate *= gate_scale[None, :]
-            up_scales = int4_scales_ptr + scale_base + (column + width)
-            up_scale = tl.load(up_scales, mask=column_valid, other=0.0)
-            up *= up_scale[None, :]
+                word = start // 8 + tl.arange(0, 16)
+                gate_rows = int4_ptr + base + column[:, None] * 16
+                gate_words = tl.load(gate_rows + word[None, :], mask=column_valid[:, None], other=0)
+                up_rows = int4_ptr + base + (column + width)[:, None] * 16
+                up_words = tl.load(up_rows + word[None, :], mask=column_valid[:, None], other=0)
+                for plane in tl.static_range(4):
+                    k = start + plane * 32 + tl.arange(0, 32)
+                    rows_mask = valid[:, None] & (k < 32)[None, :]
+                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                    block = tl.trans(block)
+                    rest = tl.dot(zero_codes, block, rest, input_precision="ieee")
+                    gate_weights = codes_4(gate_words, plane * 4)
+                    gate = tl.dot(gate_weights, block, gate, input_precision="ieee")
+                    up_weights = codes_4(up_words, plane * 4)
+                    up = tl.dot(up_weights, block, up, input_precision="ieee")
+            gate_scale = int4_scales_ptr + scale_base + column
+            gate_scale = tl.load(gate_scale, mask=column_valid, other=0.0)
+            gate = (gate - rest) * gate_scale[:, None]
+            up_scale = int4_scales_ptr + scale_base + (column + width)
+            up_scale = tl.load(up_scale, mask=column_valid, other=0.0)
+            up = (up - rest) * up_scale[:, None]
+        gate = tl.trans(gate)
+        up = tl.trans(up)
         hidden = activate(gate, up)
         target = hidden_ptr + slot[:, None] * 128 + column[None, :]
         tl.store(target, hidden.to(tl.bfloat16), mask=valid[:, None] & column_valid[None, :])
@@ -292,135 +243,74 @@ def gate_up_slots(
         column_valid = column < width
         source = (slot // 2) * 32 + tl.zeros([BLOCK_M], dtype=tl.int64)
         if tl.program_id(0) * BLOCK_N < width:
-            gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            gate = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+            up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             if coding == 0:
                 for start in range(0, 32, BLOCK_K):
                     k = start + tl.arange(0, BLOCK_K)
                     inside = (k < 32) | WHOLE
                     rows_mask = valid[:, None] & inside[None, :]
-                    weights_mask = column_valid[:, None] & inside[None, :]
                     block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                    block = tl.trans(block)
+                    weights_mask = column_valid[:, None] & inside[None, :]
                     gate_rows = float_ptr + base + column[:, None] * 32 + k[None, :]
                     gate_weights = tl.load(gate_rows, mask=weights_mask, other=0.0)
                     up_rows = float_ptr + base + (column + width)[:, None] * 32 + k[None, :]
                     up_weights = tl.load(up_rows, mask=weights_mask, other=0.0)
-                    gate = tl.dot(block, tl.trans(gate_weights), gate, input_precision="ieee")
-                    up = tl.dot(block, tl.trans(up_weights), up, input_precision="ieee")
+                    gate = tl.dot(gate_weights, block, gate, input_precision="ieee")
+                    up = tl.dot(up_weights, block, up, input_precision="ieee")
             if coding == 1:
+                zero_codes = tl.full([BLOCK_N, 16], 1.25, tl.bfloat16)
+                rest = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
                 for start in range(0, 128, 128):
-                    plane = tl.arange(0, 16)
-                    gate_rows = ternary_ptr + base + column[:, None] * 16
-                    gate_rows += (start // 8 + plane)[None, :]
-                    gate_words = tl.load(gate_rows, mask=column_valid[:, None], other=0)
-                    up_rows = ternary_ptr + base + (column + width)[:, None] * 16
-                    up_rows += (start // 8 + plane)[None, :]
-                    up_words = tl.load(up_rows, mask=column_valid[:, None], other=0)
-                    k = start + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_2_middle_1(gate_words, 0))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_2_middle_1(up_words, 0))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                    k = (start + 16) + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_2_middle_1(gate_words, 2))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_2_middle_1(up_words, 2))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                    k = (start + 32) + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_2_middle_1(gate_words, 4))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_2_middle_1(up_words, 4))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                    k = (start + 48) + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_2_middle_1(gate_words, 6))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_2_middle_1(up_words, 6))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                    k = (start + 64) + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_2_middle_1(gate_words, 8))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_2_middle_1(up_words, 8))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                    k = (start + 80) + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_2_middle_1(gate_words, 10))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_2_middle_1(up_words, 10))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                    k = (start + 96) + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_2_middle_1(gate_words, 12))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_2_middle_1(up_words, 12))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                    k = (start + 112) + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_2_middle_1(gate_words, 14))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_2_middle_1(up_words, 14))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                gate_scales = ternary_scales_ptr + scale_base + column
-                gate_scale = tl.load(gate_scales, mask=column_valid, other=0.0)
-                gate *= gate_scale[None, :]
-                up_scales = ternary_scales_ptr + scale_base + (column + width)
-                up_scale = tl.load(up_scales, mask=column_valid, other=0.0)
-                up *= up_scale[None, :]
+                    word = start // 16 + tl.arange(0, 8)
+                    gate_rows = ternary_ptr + base + column[:, None] * 8
+                    gate_words = tl.load(gate_rows + word[None, :], mask=column_valid[:, None], other=0)
+                    up_rows = ternary_ptr + base + (column + width)[:, None] * 8
+                    up_words = tl.load(up_rows + word[None, :], mask=column_valid[:, None], other=0)
+                    for plane in tl.static_range(8):
+                        k = start + plane * 16 + tl.arange(0, 16)
+                        rows_mask = valid[:, None] & (k < 32)[None, :]
+                        block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                        block = tl.trans(block)
+                        rest = tl.dot(zero_codes, block, rest, input_precision="ieee")
+                        gate_weights = codes_2(gate_words, plane * 2)
+                        gate = tl.dot(gate_weights, block, gate, input_precision="ieee")
+                        up_weights = codes_2(up_words, plane * 2)
+                        up = tl.dot(up_weights, block, up, input_precision="ieee")
+                gate_scale = ternary_scales_ptr + scale_base + column
+                gate_scale = tl.load(gate_scale, mask=column_valid, other=0.0)
+                gate = (gate - rest) * gate_scale[:, None]
+                up_scale = ternary_scales_ptr + scale_base + (column + width)
+                up_scale = tl.load(up_scale, mask=column_valid, other=0.0)
+                up = (up - rest) * up_scale[:, None]
             if coding == 2:
+                zero_codes = tl.full([BLOCK_N, 32], 1.5, tl.bfloat16)
+                rest = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
                 for start in range(0, 128, 128):
-                    plane = tl.arange(0, 32)
-                    gate_rows = int4_ptr + base + column[:, None] * 32
-                    gate_rows += (start // 4 + plane)[None, :]
-                    gate_words = tl.load(gate_rows, mask=column_valid[:, None], other=0)
-                    up_rows = int4_ptr + base + (column + width)[:, None] * 32
-                    up_rows += (start // 4 + plane)[None, :]
-                    up_words = tl.load(up_rows, mask=column_valid[:, None], other=0)
-                    k = start + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_4_middle_8(gate_words, 0))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_4_middle_8(up_words, 0))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                    k = (start + 32) + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_4_middle_8(gate_words, 4))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_4_middle_8(up_words, 4))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                    k = (start + 64) + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_4_middle_8(gate_words, 8))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_4_middle_8(up_words, 8))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                    k = (start + 96) + plane
-                    rows_mask = valid[:, None] & (k < 32)[None, :]
-                    block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    gate_weights = tl.trans(codes_4_middle_8(gate_words, 12))
-                    gate = tl.dot(block, gate_weights, gate, input_precision="ieee")
-                    up_weights = tl.trans(codes_4_middle_8(up_words, 12))
-                    up = tl.dot(block, up_weights, up, input_precision="ieee")
-                gate_scales = int4_scales_ptr + scale_base + column
-                gate_scale = tl.load(gate_scales, mask=column_valid, other=0.0)
-                gate *= gate_scale[None, :]
-                up_scales = int4_scales_ptr + scale_base + (column + width)
-                up_scale = tl.load(up_scales, mask=column_valid, other=0.0)
-                up *= up_scale[None, :]
+                    word = start // 8 + tl.arange(0, 16)
+                    gate_rows = int4_ptr + base + column[:, None] * 16
+                    gate_words = tl.load(gate_rows + word[None, :], mask=column_valid[:, None], other=0)
+                    up_rows = int4_ptr + base + (column + width)[:, None] * 16
+                    up_words = tl.load(up_rows + word[None, :], mask=column_valid[:, None], other=0)
+                    for plane in tl.static_range(4):
+                        k = start + plane * 32 + tl.arange(0, 32)
+                        rows_mask = valid[:, None] & (k < 32)[None, :]
+                        block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                        block = tl.trans(block)
+                        rest = tl.dot(zero_codes, block, rest, input_precision="ieee")
+                        gate_weights = codes_4(gate_words, plane * 4)
+                        gate = tl.dot(gate_weights, block, gate, input_precision="ieee")
+                        up_weights = codes_4(up_words, plane * 4)
+                        up = tl.dot(up_weights, block, up, input_precision="ieee")
+                gate_scale = int4_scales_ptr + scale_base + column
+                gate_scale = tl.load(gate_scale, mask=column_valid, other=0.0)
+                gate = (gate - rest) * gate_scale[:, None]
+                up_scale = int4_scales_ptr + scale_base + (column + width)
+                up_scale = tl.load(up_scale, mask=column_valid, other=0.0)
+                up = (up - rest) * up_scale[:, None]
+            gate = tl.trans(gate)
+            up = tl.trans(up)
             hidden = activate(gate, up)
             target = hidden_ptr + slot * 128 + column[None, :] + tl.zeros([BLOCK_M, 1], dtype=tl.int32)
             tl.store(target, hidden.to(tl.bfloat16), mask=valid[:, None] & column_valid[None, :])
@@ -466,95 +356,55 @@ def down_grouped(
         scale_base = tl.load(table_ptr + expert * 8 + 6)
         coding = tl.load(table_ptr + expert * 8 + 4)
         column_valid = column < 32
-        down = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        down = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         if coding == 0:
             for start in range(0, width, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 inside = (k < width) | WHOLE
                 rows_mask = valid[:, None] & inside[None, :]
-                weights_mask = column_valid[:, None] & inside[None, :]
                 block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                block = tl.trans(block)
+                weights_mask = column_valid[:, None] & inside[None, :]
                 down_rows = float_ptr + base + column[:, None] * width + k[None, :]
                 down_weights = tl.load(down_rows, mask=weights_mask, other=0.0)
-                down = tl.dot(block, tl.trans(down_weights), down, input_precision="ieee")
+                down = tl.dot(down_weights, block, down, input_precision="ieee")
         if coding == 1:
+            zero_codes = tl.full([BLOCK_N, 16], 1.25, tl.bfloat16)
+            rest = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, width, 128):
-                plane = tl.arange(0, 16)
-                down_rows = ternary_ptr + base + column[:, None] * (width // 8)
-                down_rows += (start // 8 + plane)[None, :]
-                down_words = tl.load(down_rows, mask=column_valid[:, None], other=0)
-                k = start + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_2_middle_1(down_words, 0))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-                k = (start + 16) + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_2_middle_1(down_words, 2))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-                k = (start + 32) + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_2_middle_1(down_words, 4))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-                k = (start + 48) + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_2_middle_1(down_words, 6))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-                k = (start + 64) + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_2_middle_1(down_words, 8))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-                k = (start + 80) + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_2_middle_1(down_words, 10))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-                k = (start + 96) + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_2_middle_1(down_words, 12))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-                k = (start + 112) + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_2_middle_1(down_words, 14))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-            down_scales = ternary_scales_ptr + scale_base + column
-            down_scale = tl.load(down_scales, mask=column_valid, other=0.0)
-            down *= down_scale[None, :]
+                word = start // 16 + tl.arange(0, 8)
+                down_rows = ternary_ptr + base + column[:, None] * (width // 128 * 8)
+                down_words = tl.load(down_rows + word[None, :], mask=column_valid[:, None], other=0)
+                for plane in tl.static_range(8):
+                    k = start + plane * 16 + tl.arange(0, 16)
+                    rows_mask = valid[:, None]
+                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                    block = tl.trans(block)
+                    rest = tl.dot(zero_codes, block, rest, input_precision="ieee")
+                    down_weights = codes_2(down_words, plane * 2)
+                    down = tl.dot(down_weights, block, down, input_precision="ieee")
+            down_scale = ternary_scales_ptr + scale_base + column
+            down_scale = tl.load(down_scale, mask=column_valid, other=0.0)
+            down = (down - rest) * down_scale[:, None]
         if coding == 2:
+            zero_codes = tl.full([BLOCK_N, 32], 1.5, tl.bfloat16)
+            rest = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, width, 128):
-                plane = tl.arange(0, 32)
-                down_rows = int4_ptr + base + column[:, None] * (width // 4)
-                down_rows += (start // 4 + plane)[None, :]
-                down_words = tl.load(down_rows, mask=column_valid[:, None], other=0)
-                k = start + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_4_middle_8(down_words, 0))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-                k = (start + 32) + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_4_middle_8(down_words, 4))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-                k = (start + 64) + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_4_middle_8(down_words, 8))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-                k = (start + 96) + plane
-                rows_mask = valid[:, None]
-                block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                down_weights = tl.trans(codes_4_middle_8(down_words, 12))
-                down = tl.dot(block, down_weights, down, input_precision="ieee")
-            down_scales = int4_scales_ptr + scale_base + column
-            down_scale = tl.load(down_scales, mask=column_valid, other=0.0)
-            down *= down_scale[None, :]
+                word = start // 8 + tl.arange(0, 16)
+                down_rows = int4_ptr + base + column[:, None] * (width // 128 * 16)
+                down_words = tl.load(down_rows + word[None, :], mask=column_valid[:, None], other=0)
+                for plane in tl.static_range(4):
+                    k = start + plane * 32 + tl.arange(0, 32)
+                    rows_mask = valid[:, None]
+                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                    block = tl.trans(block)
+                    rest = tl.dot(zero_codes, block, rest, input_precision="ieee")
+                    down_weights = codes_4(down_words, plane * 4)
+                    down = tl.dot(down_weights, block, down, input_precision="ieee")
+            down_scale = int4_scales_ptr + scale_base + column
+            down_scale = tl.load(down_scale, mask=column_valid, other=0.0)
+            down = (down - rest) * down_scale[:, None]
+        down = tl.trans(down)
         weight = tl.load(gates_ptr + slot, mask=valid, other=0.0)
         target = y_ptr + slot[:, None] * 32 + column[None, :]
         tl.store(target, (down * weight[:, None]).to(tl.bfloat16), mask=valid[:, None] & column_valid[None, :])
@@ -593,95 +443,55 @@ def down_tokens(
             base = tl.multiple_of(tl.load(table_ptr + expert * 8 + 5), 16)
             scale_base = tl.load(table_ptr + expert * 8 + 6)
             coding = tl.load(table_ptr + expert * 8 + 4)
-            down = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            down = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             if coding == 0:
                 for start in range(0, width, BLOCK_K):
                     k = start + tl.arange(0, BLOCK_K)
                     inside = (k < width) | WHOLE
                     rows_mask = valid[:, None] & inside[None, :]
-                    weights_mask = column_valid[:, None] & inside[None, :]
                     block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                    block = tl.trans(block)
+                    weights_mask = column_valid[:, None] & inside[None, :]
                     down_rows = float_ptr + base + column[:, None] * width + k[None, :]
                     down_weights = tl.load(down_rows, mask=weights_mask, other=0.0)
-                    down = tl.dot(block, tl.trans(down_weights), down, input_precision="ieee")
+                    down = tl.dot(down_weights, block, down, input_precision="ieee")
             if coding == 1:
+                zero_codes = tl.full([BLOCK_N, 16], 1.25, tl.bfloat16)
+                rest = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
                 for start in range(0, width, 128):
-                    plane = tl.arange(0, 16)
-                    down_rows = ternary_ptr + base + column[:, None] * (width // 8)
-                    down_rows += (start // 8 + plane)[None, :]
-                    down_words = tl.load(down_rows, mask=column_valid[:, None], other=0)
-                    k = start + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_2_middle_1(down_words, 0))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                    k = (start + 16) + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_2_middle_1(down_words, 2))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                    k = (start + 32) + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_2_middle_1(down_words, 4))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                    k = (start + 48) + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_2_middle_1(down_words, 6))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                    k = (start + 64) + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_2_middle_1(down_words, 8))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                    k = (start + 80) + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_2_middle_1(down_words, 10))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                    k = (start + 96) + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_2_middle_1(down_words, 12))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                    k = (start + 112) + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_2_middle_1(down_words, 14))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                down_scales = ternary_scales_ptr + scale_base + column
-                down_scale = tl.load(down_scales, mask=column_valid, other=0.0)
-                down *= down_scale[None, :]
+                    word = start // 16 + tl.arange(0, 8)
+                    down_rows = ternary_ptr + base + column[:, None] * (width // 128 * 8)
+                    down_words = tl.load(down_rows + word[None, :], mask=column_valid[:, None], other=0)
+                    for plane in tl.static_range(8):
+                        k = start + plane * 16 + tl.arange(0, 16)
+                        rows_mask = valid[:, None]
+                        block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                        block = tl.trans(block)
+                        rest = tl.dot(zero_codes, block, rest, input_precision="ieee")
+                        down_weights = codes_2(down_words, plane * 2)
+                        down = tl.dot(down_weights, block, down, input_precision="ieee")
+                down_scale = ternary_scales_ptr + scale_base + column
+                down_scale = tl.load(down_scale, mask=column_valid, other=0.0)
+                down = (down - rest) * down_scale[:, None]
             if coding == 2:
+                zero_codes = tl.full([BLOCK_N, 32], 1.5, tl.bfloat16)
+                rest = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
                 for start in range(0, width, 128):
-                    plane = tl.arange(0, 32)
-                    down_rows = int4_ptr + base + column[:, None] * (width // 4)
-                    down_rows += (start // 4 + plane)[None, :]
-                    down_words = tl.load(down_rows, mask=column_valid[:, None], other=0)
-                    k = start + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_4_middle_8(down_words, 0))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                    k = (start + 32) + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_4_middle_8(down_words, 4))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                    k = (start + 64) + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_4_middle_8(down_words, 8))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                    k = (start + 96) + plane
-                    rows_mask = valid[:, None]
-                    block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
-                    down_weights = tl.trans(codes_4_middle_8(down_words, 12))
-                    down = tl.dot(block, down_weights, down, input_precision="ieee")
-                down_scales = int4_scales_ptr + scale_base + column
-                down_scale = tl.load(down_scales, mask=column_valid, other=0.0)
-                down *= down_scale[None, :]
+                    word = start // 8 + tl.arange(0, 16)
+                    down_rows = int4_ptr + base + column[:, None] * (width // 128 * 16)
+                    down_words = tl.load(down_rows + word[None, :], mask=column_valid[:, None], other=0)
+                    for plane in tl.static_range(4):
+                        k = start + plane * 32 + tl.arange(0, 32)
+                        rows_mask = valid[:, None]
+                        block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                        block = tl.trans(block)
+                        rest = tl.dot(zero_codes, block, rest, input_precision="ieee")
+                        down_weights = codes_4(down_words, plane * 4)
+                        down = tl.dot(down_weights, block, down, input_precision="ieee")
+                down_scale = int4_scales_ptr + scale_base + column
+                down_scale = tl.load(down_scale, mask=column_valid, other=0.0)
+                down = (down - rest) * down_scale[:, None]
+            down = tl.trans(down)
             total += down * tl.load(gates_ptr + slot)
     target = y_ptr + token * 32 + column[None, :] + tl.zeros([BLOCK_M, 1], dtype=tl.int32)
     tl.store(target, total.to(tl.bfloat16), mask=valid[:, None] & column_valid[None, :])

@@ -129,20 +129,23 @@ def gate_up_grouped(
         base = tl.multiple_of(tl.load(table_ptr + expert * 8 + 2), 16)
         bias_base = tl.load(table_ptr + expert * 8 + 7)
         column_valid = column < width
-        gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        gate = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, 32, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = (k < 32) | WHOLE
             rows_mask = valid[:, None] & inside[None, :]
-            weights_mask = column_valid[:, None] & inside[None, :]
             block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+            block = tl.trans(block)
+            weights_mask = column_valid[:, None] & inside[None, :]
             gate_rows = float_ptr + base + column[:, None] * 32 + k[None, :]
             gate_weights = tl.load(gate_rows, mask=weights_mask, other=0.0)
             up_rows = float_ptr + base + (column + width)[:, None] * 32 + k[None, :]
             up_weights = tl.load(up_rows, mask=weights_mask, other=0.0)
-            gate = tl.dot(block, tl.trans(gate_weights), gate, input_precision="ieee")
-            up = tl.dot(block, tl.trans(up_weights), up, input_precision="ieee")
+            gate = tl.dot(gate_weights, block, gate, input_precision="ieee")
+            up = tl.dot(up_weights, block, up, input_precision="ieee")
+        gate = tl.trans(gate)
+        up = tl.trans(up)
         gate_bias = tl.load(biases_ptr + bias_base + column, mask=column_valid, other=0.0)
         gate += gate_bias[None, :]
         up_bias = tl.load(biases_ptr + bias_base + width + column, mask=column_valid, other=0.0)
@@ -179,20 +182,23 @@ def gate_up_slots(
         column_valid = column < width
         source = (slot // 2) * 32 + tl.zeros([BLOCK_M], dtype=tl.int64)
         if tl.program_id(0) * BLOCK_N < width:
-            gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            up = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            gate = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+            up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, 32, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 inside = (k < 32) | WHOLE
                 rows_mask = valid[:, None] & inside[None, :]
-                weights_mask = column_valid[:, None] & inside[None, :]
                 block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                block = tl.trans(block)
+                weights_mask = column_valid[:, None] & inside[None, :]
                 gate_rows = float_ptr + base + column[:, None] * 32 + k[None, :]
                 gate_weights = tl.load(gate_rows, mask=weights_mask, other=0.0)
                 up_rows = float_ptr + base + (column + width)[:, None] * 32 + k[None, :]
                 up_weights = tl.load(up_rows, mask=weights_mask, other=0.0)
-                gate = tl.dot(block, tl.trans(gate_weights), gate, input_precision="ieee")
-                up = tl.dot(block, tl.trans(up_weights), up, input_precision="ieee")
+                gate = tl.dot(gate_weights, block, gate, input_precision="ieee")
+                up = tl.dot(up_weights, block, up, input_precision="ieee")
+            gate = tl.trans(gate)
+            up = tl.trans(up)
             gate_bias = tl.load(biases_ptr + bias_base + column, mask=column_valid, other=0.0)
             gate += gate_bias[None, :]
             up_bias = tl.load(biases_ptr + bias_base + width + column, mask=column_valid, other=0.0)
@@ -238,16 +244,18 @@ def down_grouped(
         base = tl.multiple_of(tl.load(table_ptr + expert * 8 + 5), 16)
         bias_base = tl.load(table_ptr + expert * 8 + 7)
         column_valid = column < 32
-        down = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        down = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, width, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = (k < width) | WHOLE
             rows_mask = valid[:, None] & inside[None, :]
-            weights_mask = column_valid[:, None] & inside[None, :]
             block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+            block = tl.trans(block)
+            weights_mask = column_valid[:, None] & inside[None, :]
             down_rows = float_ptr + base + column[:, None] * width + k[None, :]
             down_weights = tl.load(down_rows, mask=weights_mask, other=0.0)
-            down = tl.dot(block, tl.trans(down_weights), down, input_precision="ieee")
+            down = tl.dot(down_weights, block, down, input_precision="ieee")
+        down = tl.trans(down)
         down_bias = tl.load(biases_ptr + bias_base + 2 * width + column, mask=column_valid, other=0.0)
         down += down_bias[None, :]
         weight = tl.load(gates_ptr + slot, mask=valid, other=0.0)
@@ -284,16 +292,18 @@ def down_tokens(
             width = tl.multiple_of(tl.load(table_ptr + expert * 8).to(tl.int32), 16)
             base = tl.multiple_of(tl.load(table_ptr + expert * 8 + 5), 16)
             bias_base = tl.load(table_ptr + expert * 8 + 7)
-            down = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            down = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, width, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 inside = (k < width) | WHOLE
                 rows_mask = valid[:, None] & inside[None, :]
-                weights_mask = column_valid[:, None] & inside[None, :]
                 block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
+                block = tl.trans(block)
+                weights_mask = column_valid[:, None] & inside[None, :]
                 down_rows = float_ptr + base + column[:, None] * width + k[None, :]
                 down_weights = tl.load(down_rows, mask=weights_mask, other=0.0)
-                down = tl.dot(block, tl.trans(down_weights), down, input_precision="ieee")
+                down = tl.dot(down_weights, block, down, input_precision="ieee")
+            down = tl.trans(down)
             down_bias = tl.load(biases_ptr + bias_base + 2 * width + column, mask=column_valid, other=0.0)
             down += down_bias[None, :]
             total += down * tl.load(gates_ptr + slot)
