@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from moec.dialects import aten
 from moec.dialects.aten import AtenOp
-from moec.dialects.moe import ExpertsOp, RouteOp
+from moec.dialects.moe import ExpertsOp, ReplicaOp, RouteOp
 from moec.ir import Operation, TensorType, Value, VerifyError
 from moec.passes.matching import shape, tensor
 from moec.passes.moe_patterns import (
@@ -40,7 +40,7 @@ class RaiseMoE(Pass):
         check = RouterCheck(context.weights, context.seed)
         for nested in list(op.walk()):
             reason: str | None = None
-            if isinstance(nested, ExpertsOp) and not isinstance(nested.ids.defining_op, RouteOp):
+            if isinstance(nested, ExpertsOp) and not isinstance(nested.ids.defining_op, RouteOp | ReplicaOp):
                 reason = _raise_router(nested, check)
             elif isinstance(nested, AtenOp) and nested.name == "aten.sum.dim_IntList":
                 dense = find_dense_experts(nested)

@@ -14,7 +14,7 @@ from typing import Any
 
 from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import FuncOp
-from moec.dialects.moe import ExpertsOp, RouteOp
+from moec.dialects.moe import ExpertsOp, ReplicaOp, RouteOp
 from moec.dialects.nn import AttentionMaskOp, AttentionOp, LayerNormOp, MLPOp, RMSNormOp, RotaryOp
 from moec.ir import DimExpr, Operation, TensorType, Value
 from moec.passes.matching import made_by, shape
@@ -122,7 +122,7 @@ class _Judge:
                 return "an axis of its result counts tokens and something else"
         if isinstance(op, RMSNormOp | LayerNormOp | MLPOp):
             return self._not_last(op.x)
-        if isinstance(op, RouteOp | ExpertsOp):
+        if isinstance(op, RouteOp | ReplicaOp | ExpertsOp):
             return self._not_last(op.operands[0])
         if isinstance(op, RotaryOp):
             return "" if self._axes(op.x) == [2] and self._axes(op.cos) in ([], [1]) else "its axes are out of order"

@@ -149,6 +149,14 @@ def test_protected_experts_have_one_replica(source: Module) -> None:
     assert len(set(op.stored[8:])) == 8
 
 
+def test_caches_and_raising_go_on(source: Module) -> None:
+    module = replicated(source, "high=0.5")
+    text = print_operation(module.op)
+    report = run_passes(module, "raise-moe,add-kv-cache")
+    assert not report.records[0].refusals and not report.records[1].refusals
+    assert print_operation(module.op) != text and "past_key_values" in print_operation(module.op)
+
+
 @pytest.mark.parametrize("target", list(Target), ids=lambda target: target.value)
 def test_the_graph_chooses_as_the_executor(source: Module, target: Target, tmp_path: Path) -> None:
     module = replicated(source, "high=0.5 low=0.55")
