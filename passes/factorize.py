@@ -14,10 +14,8 @@ from moec.experts import (
     Expert,
     FeedForward,
     MoeLayer,
-    UnreadableExpertError,
     find_dense_layers,
     find_moe_layers,
-    load_dense,
     load_expert,
     make_sparse,
     replace_routing,
@@ -31,7 +29,7 @@ from moec.passes.factorizing.blocks import cut, routed_output, segments, without
 from moec.passes.factorizing.division import Division, Partition, RowsOf, SharedBy, Uneven
 from moec.passes.factorizing.heads import divide_heads
 from moec.passes.factorizing.partition import group_sizes
-from moec.passes.neuron_pruning.slicing import slice_neurons, slicing_problem
+from moec.passes.neuron_pruning.slicing import load_sliceable, slice_neurons, slicing_problem
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
 _TOKENS_PER_MARKER = 16
@@ -122,7 +120,7 @@ class Factorize(Pass):
         return Claim.LOSSY if self.partition.overlaps else Claim.EXACT
 
     def run(self, op: Operation, context: PassContext) -> None:
-        weights = context.require_weights()
+        context.require_weights()  # before any statistics are asked for
         if self.target is Target.EXPERTS:
             for moe_layer in find_moe_layers(op):
                 self._segment(moe_layer, context)
@@ -135,17 +133,10 @@ class Factorize(Pass):
             if layer.is_beside_experts:
                 context.refuse(layer.op, "it stands beside experts", self.pass_name)
                 continue
-            try:
-                block = load_dense(layer, weights)
-            except UnreadableExpertError as error:
-                context.refuse(layer.op, error.message, self.pass_name)
-                continue
-            problem = slicing_problem(block)
-            if problem:
-                context.refuse(layer.op, problem, self.pass_name)
-                continue
-            self._cut(layer, block, context)
-            context.count(self.blocks)
+            block = load_sliceable(layer, context, self.pass_name)
+            if block is not None:
+                self._cut(layer, block, context)
+                context.count(self.blocks)
 
     def _cut(self, layer: DenseLayer, block: FeedForward, context: PassContext) -> None:
         def text() -> Observed:
@@ -254,7 +245,7 @@ class Factorize(Pass):
         active = self._division().active_neurons(width)
         needed = -(-_TOKENS_PER_MARKER * width // active)
         if rows < needed:
-            context.remark(
+            context.warn(
                 op,
                 f"{rows} tokens to tell {width} neurons apart, of which {active} count as active on each; give "
                 f"{needed} or more: calibrate{{sequences=... length=...}}",

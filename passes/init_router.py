@@ -18,7 +18,6 @@ from moec.experts import (
     MoeLayer,
     UnreadableExpertError,
     find_moe_layers,
-    load_expert,
     replace_router,
 )
 from moec.experts.router_source import feed_router, freeze_router
@@ -46,6 +45,7 @@ from moec.passes.router_init.solutions import (
     token_table,
     weight_centroids,
 )
+from moec.passes.routing.labels import experts_with_neurons
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
 _ROWS_PER_UNKNOWN = 32
@@ -172,7 +172,7 @@ class InitRouter(Pass):
                 weight = group_rows(layer.outputs, self.shards, width, self.deviation, generator)
                 return weight, torch.zeros(layer.outputs) if self.bias else None
             case RouterKind.WEIGHT_CENTROID:
-                return weight_centroids(_neurons(layer, context)), None
+                return weight_centroids(experts_with_neurons(layer, context.require_weights())), None
             case RouterKind.DOMAIN:
                 return self._domains(op, layer, context), None
         sample = context.require_calibration().sample(layer)
@@ -186,13 +186,13 @@ class InitRouter(Pass):
 
     def _require_rows(self, layer: MoeLayer, rows: int, unknowns: int, context: PassContext) -> None:
         needed = _ROWS_PER_UNKNOWN * unknowns
-        told = f"{rows} rows for {unknowns} unknowns of each expert; give {needed} or more: "
-        hint = f"calibrate{{sequences=... length=... reservoir={needed}}}"
+        advice = f"calibrate{{sequences={-(-needed // 64)} length=64 reservoir={needed}}}, parameters of recipes, too"
         if rows < unknowns:
             raise UsageError(f"{rows} rows do not determine {unknowns} unknowns of each expert", where=layer.name,
-                             hint=f"give {needed} tokens or more: {hint}")  # fmt: skip
+                             hint=f"give {needed} tokens or more: {advice}")  # fmt: skip
         if rows < needed:
-            context.remark(layer.route, told + hint)
+            told = f"{rows} rows for {unknowns} unknowns of each expert; give {needed} tokens or more: {advice}"
+            context.warn(layer.route, told)
 
     def _domains(self, op: Operation, layer: MoeLayer, context: PassContext) -> torch.Tensor:
         calibration = context.require_calibration()
@@ -214,7 +214,7 @@ class InitRouter(Pass):
     def _give_features(self, layer: MoeLayer, order: torch.Tensor, context: PassContext) -> None:
         """Features of the router's rows, and the identity behind them."""
         weights = context.require_weights()
-        experts = _neurons(layer, context)
+        experts = experts_with_neurons(layer, context.require_weights())
         build = FeatureBuilder(layer, weights)
         if self.kind is RouterKind.NEURON:
             gate, up = representatives(experts, self._chosen(layer, experts, context))
@@ -298,21 +298,10 @@ def _tell_calibration(context: PassContext, inputs: dict[str, torch.Tensor]) -> 
         module.calibration = module.calibration.with_router_inputs(inputs)
 
 
-def _neurons(layer: MoeLayer, context: PassContext) -> list[FeedForward]:
-    """The stored experts; raises UsageError for one without neurons."""
-    experts = []
-    for number in range(layer.expert_count):
-        expert = load_expert(layer, context.require_weights(), number)
-        if not isinstance(expert, FeedForward):
-            raise UsageError(f"stored expert {number} has no neurons to rank it by", where=layer.name)
-        experts.append(expert)
-    return experts
-
-
 def _importance(layer: MoeLayer, x: torch.Tensor, context: PassContext) -> torch.Tensor:
     """What each stored expert gives to rows [n, H], float64 [n, E]."""
     try:
-        return expert_importance(_neurons(layer, context), x)
+        return expert_importance(experts_with_neurons(layer, context.require_weights()), x)
     except UnreadableExpertError:
         norms = [y.norm(dim=1).double() for y in expert_outputs(layer, context.require_weights(), x)]
         by_output = torch.stack(norms, dim=1)

@@ -131,7 +131,7 @@ class SparsifyFfn(Pass):
         wanted = _ROWS_PER_UNKNOWN * (rows.shape[1] + 1)
         if len(rows) < wanted:
             text = f"the predictor was fitted to {len(rows)} rows; give {wanted} or more"
-            context.remark(layer.op, text)
+            context.warn(layer.op, text)
         return fit_predictor(rows, neuron_scores(block, rows), self.predictor_rank, self.ridge)
 
     def _z(self, block: FeedForward, rows: torch.Tensor | None) -> float:

@@ -11,10 +11,10 @@ import torch
 from moec.calibration.sample import LayerSample
 from moec.dialects.moe import Select
 from moec.errors import UsageError
-from moec.experts import FeedForward, MoeLayer, find_moe_layers, load_expert
+from moec.experts import MoeLayer, find_moe_layers
 from moec.experts.router_source import is_frozen, replace_router_weights
 from moec.ir import Operation
-from moec.passes.routing.labels import Labels, labels
+from moec.passes.routing.labels import Labels, experts_with_neurons, labels
 from moec.passes.routing.router_fit import FitSettings, Loss, RouterFit, RouterRows, fit_router
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
@@ -107,12 +107,7 @@ class TrainRouter(Pass):
     def _labels(self, layer: MoeLayer, k: int, context: PassContext) -> torch.Tensor:
         """What a layer wants of its router, float32 [n, R]."""
         sample = context.require_calibration().sample(layer)
-        experts = []
-        for number in range(layer.expert_count):
-            expert = load_expert(layer, context.require_weights(), number)
-            if not isinstance(expert, FeedForward):
-                raise UsageError(f"stored expert {number} has no neurons to rank it by", where=layer.name)
-            experts.append(expert)
+        experts = experts_with_neurons(layer, context.require_weights())
         # labels are by stored expert, logits by output
         return labels(self.labels, experts, sample.x, sample.y, k)[:, torch.tensor(layer.stored)]
 

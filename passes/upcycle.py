@@ -12,9 +12,7 @@ from moec.dialects.moe import WeightFrom
 from moec.errors import UsageError
 from moec.experts import (
     FeedForward,
-    UnreadableExpertError,
     find_dense_layers,
-    load_dense,
     make_sparse,
     replace_router,
     replace_routing,
@@ -22,7 +20,7 @@ from moec.experts import (
 from moec.experts.dense import DenseLayer
 from moec.frontend.other_sources import OtherSource
 from moec.ir import Operation
-from moec.passes.neuron_pruning.slicing import slicing_problem
+from moec.passes.neuron_pruning.slicing import load_sliceable
 from moec.passes.upcycling.attention import AttentionBlock, find_attention, sharing_problem, soften, widen
 from moec.passes.upcycling.copies import drawn_neurons, shards, ternary, with_new_neurons, with_noise
 from moec.passes.upcycling.parallel import make_parallel
@@ -203,14 +201,8 @@ class Upcycle(Pass):
         for number, place in enumerate(attention):
             self._soften(place, number, sources, context)
         for layer in chosen:
-            try:
-                block = load_dense(layer, weights)
-            except UnreadableExpertError as error:
-                context.refuse(layer.op, error.message, self.pass_name)
-                continue
-            problem = slicing_problem(block)
-            if problem:
-                context.refuse(layer.op, problem, self.pass_name)
+            block = load_sliceable(layer, context, self.pass_name)
+            if block is None:
                 continue
             if block.width % self.granularity:
                 raise UsageError(

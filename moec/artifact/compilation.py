@@ -64,7 +64,7 @@ _VERSIONED = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxru
 class CompileResult:
     """What a compilation made. `folder` is the artifact; `pipeline_report` has statistics, refusals and remarks.
 
-    `hints` are options that would make the artifact faster at a price, in sentences.
+    `hints` are what would make the artifact better, or faster at a price, in sentences.
     """
 
     folder: Path
@@ -206,7 +206,7 @@ def compile_folder(
         checkpoint_bytes = sum(path.stat().st_size for path in (folder / CHECKPOINT_FOLDER).glob("*"))
         report = _report(source, module, emitted, manifest, measurements, before.bytes, checkpoint_bytes)
         write_report(folder, report)
-    hints = () if emitted is None else speed_hints(emitted)
+    hints = outcome.warnings() + (() if emitted is None else speed_hints(emitted))
     return CompileResult(output, module, manifest, measurements, report, outcome, hints)
 
 

@@ -84,7 +84,8 @@ class PassContext:
 
     `weights` loads tensors (None where a module of text alone is transformed), `module` is the model with its source
     facts, `seed` makes random choices repeatable, `calibration_file` is what to calibrate on where a pass names
-    nothing. `statistics` holds the counters by name, `refusals` and `remarks` are for people.
+    nothing. `statistics` holds the counters by name, `refusals` and `remarks` are for people; `warnings` are remarks
+    that commands show unasked.
     """
 
     weights: WeightContext | None = None
@@ -94,6 +95,7 @@ class PassContext:
     statistics: dict[str, int] = dataclasses.field(default_factory=dict)
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
     remarks: list[Remark] = dataclasses.field(default_factory=list)
+    warnings: list[Remark] = dataclasses.field(default_factory=list)
 
     def count(self, statistic: Statistic, number: int = 1) -> None:
         """Adds to a counter of the pass."""
@@ -102,6 +104,11 @@ class PassContext:
     def remark(self, op: Operation, text: str) -> None:
         """Tells people something about an operation."""
         self.remarks.append(Remark(op.name, op.location, text))
+
+    def warn(self, op: Operation, text: str) -> None:
+        """As `remark`, for what makes the result worse than it could be."""
+        self.remark(op, text)
+        self.warnings.append(self.remarks[-1])
 
     def refuse(self, op: Operation, reason: str, pattern: str = "") -> None:
         """Records why an operation was left as it is; `--explain` shows it."""

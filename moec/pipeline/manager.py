@@ -109,6 +109,7 @@ class PassRecord:
     statistics: dict[str, int]
     refusals: tuple[Refusal, ...]
     remarks: tuple[Remark, ...]
+    warnings: tuple[Remark, ...] = ()
 
 
 @dataclass
@@ -131,6 +132,18 @@ class PipelineReport:
         for record in self.records:
             lines += [f"{record.text}: {note}" for note in (*record.refusals, *record.remarks)]
         return "\n".join(lines)
+
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the result worse than it could be: each text once, with the first place that it is about."""
+        found = []
+        for record in self.records:
+            places: dict[str, list[Remark]] = {}
+            for warning in record.warnings:
+                places.setdefault(warning.text, []).append(warning)
+            for text, same in places.items():
+                more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+                found.append(f"{record.text}: {text} ({same[0].location.name or same[0].operation}{more})")
+        return tuple(found)
 
 
 @dataclass
@@ -185,6 +198,7 @@ class PassManager:
                         context.statistics,
                         tuple(context.refusals),
                         tuple(context.remarks),
+                        tuple(context.warnings),
                     )
                 )
         return report

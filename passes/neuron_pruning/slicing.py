@@ -15,10 +15,14 @@ from moec.experts import (
     LowRank,
     MoeLayer,
     Projection,
+    UnreadableExpertError,
     alias_experts,
+    load_dense,
     load_expert,
     replace_experts,
 )
+from moec.experts.dense import DenseLayer
+from moec.pipeline.base import PassContext
 from moec.weights.context import WeightContext
 
 
@@ -43,6 +47,20 @@ def cut_layer(layer: MoeLayer, weights: WeightContext, keep: Mapping[int, torch.
     if not empty:
         return layer
     return alias_experts(layer, [-1 if expert in empty else expert for expert in layer.stored])
+
+
+def load_sliceable(layer: DenseLayer, context: PassContext, pass_name: str) -> FeedForward | None:
+    """A dense block whose neurons can be cut; None, with a refusal, for another one."""
+    try:
+        block = load_dense(layer, context.require_weights())
+    except UnreadableExpertError as error:
+        context.refuse(layer.op, error.message, pass_name)
+        return None
+    problem = slicing_problem(block)
+    if problem:
+        context.refuse(layer.op, problem, pass_name)
+        return None
+    return block
 
 
 def slicing_problem(expert: Expert) -> str:

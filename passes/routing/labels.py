@@ -7,9 +7,11 @@ from enum import Enum
 
 import torch
 
-from moec.experts import FeedForward
+from moec.errors import UsageError
+from moec.experts import FeedForward, MoeLayer, load_expert
 from moec.passes.neuron_pruning.slicing import slice_neurons
 from moec.passes.router_init.solutions import expert_importance, joined
+from moec.weights.context import WeightContext
 
 _CHUNK_ROWS = 1024
 _SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
@@ -27,6 +29,17 @@ class Labels(Enum):
     def counts_experts(self) -> bool:
         """Whether the labels of a row are one for k experts and zero for the others."""
         return self in (Labels.NEAREST, Labels.BEST_SUBSET)
+
+
+def experts_with_neurons(layer: MoeLayer, weights: WeightContext) -> list[FeedForward]:
+    """The stored experts of a layer; raises UsageError for one without neurons."""
+    experts = []
+    for number in range(layer.expert_count):
+        expert = load_expert(layer, weights, number)
+        if not isinstance(expert, FeedForward):
+            raise UsageError(f"stored expert {number} has no neurons to rank it by", where=layer.name)
+        experts.append(expert)
+    return experts
 
 
 def labels(kind: Labels, experts: Sequence[FeedForward], rows: torch.Tensor, y: torch.Tensor, k: int) -> torch.Tensor:

@@ -285,6 +285,10 @@ def test_malformed_prompts_are_refused(llama: Module, tmp_path: Path, text: str,
 def test_rows_that_determine_nothing_are_refused(llama: Module, tmp_path: Path) -> None:
     with pytest.raises(MoecError, match=r"32 rows do not determine 65 unknowns.*give 2080 tokens or more"):
         changed(llama, f"{calibrate_text(tmp_path, rows=1)},init-router")
+    report = moec.run_passes(copy_of(llama), f"{calibrate_text(tmp_path, rows=4)},init-router")
+    (told,) = report.warnings()
+    wanted = "128 rows for 65 unknowns of each expert; give 2080 tokens or more: calibrate{sequences=33 length=64 "
+    assert told.startswith(f"init-router: {wanted}reservoir=2080}}")
 
 
 def test_least_squares_may_go_through_the_origin(llama: Module) -> None:
