@@ -12,6 +12,7 @@ from moec.budget.actions import ActionKind
 from moec.budget.coding import Wanted, codable, coded
 from moec.budget.offers import constant_output, factored
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, read_plan
+from moec.budget.ridge import refit_ridge
 from moec.budget.shared_base import SharedBase, shared_base
 from moec.budget.tables import DAMPING, wanted_of
 from moec.calibration.sample import LayerSample
@@ -95,6 +96,9 @@ def _apply(layer: MoeLayer, plan: LayerPlan, whole: BudgetPlan, context: PassCon
     base = None
     if any(row.action is ActionKind.DELTA for row in plan.experts):
         base = shared_base(layer, weights, context.require_calibration().statistics(layer).count)
+    ridge = 0.0
+    if sample is not None and whole.refit and any(row.bits for row in plan.experts):
+        ridge = refit_ridge(layer, sample, context.require_calibration().statistics(layer))
     stored = list(layer.stored)
     new: dict[int, Expert] = {}
     for row in plan.experts:
@@ -108,9 +112,7 @@ def _apply(layer: MoeLayer, plan: LayerPlan, whole: BudgetPlan, context: PassCon
                 wanted = None
                 if whole.refit:
                     assert sample is not None
-                    wanted = wanted_of(
-                        source, layer, sample, context.require_calibration().statistics(layer), row.expert
-                    )
+                    wanted = wanted_of(source, layer, sample, row.expert, ridge)
                 changed = _coded(changed, row, whole.group, wanted, layer)
             new[row.expert] = changed
     layer = replace_experts(layer, weights, new)

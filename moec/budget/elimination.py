@@ -17,9 +17,13 @@ ROUNDS_PER_WIDTH = 4
 
 @dataclass(frozen=True)
 class Remainder:
-    """`kept` int64: the neurons that stay, ascending; `energy` is the squared error of the refitted product."""
+    """`kept` int64: the neurons that stay, ascending, and their fitted `columns` [H, kept], float64.
+
+    `energy` is the squared error of the refitted product.
+    """
 
     kept: torch.Tensor
+    columns: torch.Tensor
     energy: float
 
 
@@ -54,5 +58,5 @@ def eliminate(hidden: torch.Tensor, columns: torch.Tensor, widths: Sequence[int]
             alive = alive[left]
         change = float((changed - columns[:, alive]).square().sum())
         removed = float(columns.square().sum() - columns[:, alive].square().sum())
-        found[width] = Remainder(alive, max(penalized - ridge * (change + removed), 0.0))
+        found[width] = Remainder(alive, changed, max(penalized - ridge * (change + removed), 0.0))
     return [found[width] for width in widths]

@@ -10,18 +10,15 @@ from moec.budget.actions import Action, ActionKind, Offer
 from moec.budget.coding import Wanted
 from moec.budget.measure import ErrorMeasure
 from moec.budget.offers import ExpertRows, TableSettings, offers_of, stored_bytes, work
+from moec.budget.ridge import refit_ridge
 from moec.budget.shared_base import shared_base
 from moec.calibration.calibration import Calibration
 from moec.calibration.sample import LayerSample
-from moec.calibration.statistics import LayerStatistics
 from moec.experts import Expert, FeedForward, MoeLayer, load_expert
 from moec.passes.factoring.sides import Basis, Norms
 
 DAMPING = 0.01
 """Share of the mean eigenvalue that is added to second moments before matrices are factored."""
-
-REFIT_RIDGE = 0.01
-"""Weight of the change of a last product against the error, in prices after a refit; one of those of `refit-down`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def layer_table(layer: MoeLayer, calibration: Calibration, settings: TableSettin
     sample, statistics = calibration.sample(layer), calibration.statistics(layer)
     measure = ErrorMeasure.of(settings.distortion, layer, sample, statistics)
     norms = Norms(layer, sample, Basis.GATE_WHITENED, DAMPING)
-    ridge = _ridge(statistics, sample)
+    ridge = refit_ridge(layer, sample, statistics) if settings.refit else 0.0
     used = sorted(set(layer.stored) - {-1})
     x = sample.x.float()
     redirects = _redirect_prices(layer, calibration, measure) if ActionKind.REDIRECT in settings.actions else None
@@ -79,19 +76,11 @@ def layer_table(layer: MoeLayer, calibration: Calibration, settings: TableSettin
     return LayerTable(tuple(_with_redirect_work(table, statistics.count, full) for table in tables), base_bytes)
 
 
-def wanted_of(expert: Expert, layer: MoeLayer, sample: LayerSample, statistics: LayerStatistics, number: int) -> Wanted:
-    """What the last product of a stored expert is fitted to before it becomes codes."""
+def wanted_of(expert: Expert, layer: MoeLayer, sample: LayerSample, number: int, ridge: float) -> Wanted:
+    """What the last product of a stored expert is fitted to before it becomes codes; `ridge` is `refit_ridge`."""
     rows, gates = sample.chosen(layer, number)
     inputs = sample.x[rows].float()
-    return Wanted(inputs, expert.apply(inputs), gates, _ridge(statistics, sample))
-
-
-def _ridge(statistics: LayerStatistics, sample: LayerSample) -> float:
-    """The weight of changes of last products: a share of what the squares of the neurons of a layer sum to on average
-    over all of them; never 0."""
-    squares = torch.cat(statistics.neuron_gated_square)
-    found = float(squares.mean()) / max(statistics.tokens, 1) * len(sample) if squares.numel() else 0.0
-    return REFIT_RIDGE * found or 1.0
+    return Wanted(inputs, expert.apply(inputs), gates, ridge)
 
 
 def _redirected(layer: MoeLayer, number: int, prices: torch.Tensor, nearest: int) -> list[Offer]:

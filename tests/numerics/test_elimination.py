@@ -9,6 +9,7 @@ import torch
 
 from moec.budget.elimination import eliminate
 from moec.budget.local_fit import left_by_fit
+from moec.budget.ridge import RIDGES, held_out_errors
 from moec.passes.merging import ridge_changes
 
 RIDGE = 0.3
@@ -35,6 +36,8 @@ def test_energies_are_those_of_the_fit() -> None:
     assert [len(item.kept) for item in found] == [3, 9, 6]
     for item in found:
         assert item.energy == pytest.approx(error_after_fit(hidden, columns, item.kept, RIDGE), rel=1e-8)
+        left = hidden @ columns.T - hidden[:, item.kept] @ item.columns.T
+        assert float(left.square().sum()) == pytest.approx(item.energy, rel=1e-8)
     assert found[0].energy > found[2].energy > found[1].energy > 0
 
 
@@ -73,3 +76,19 @@ def test_a_fit_leaves_what_features_do_not_hold() -> None:
     errors = left_by_fit(features, held + beyond, gates, 1e-9) * gates[:, None]
     assert float((features * gates[:, None]).T.matmul(errors).abs().max()) < 1e-6
     assert float(errors.square().sum()) < float((beyond * gates[:, None]).square().sum())
+
+
+def test_the_ridge_is_the_one_that_other_rows_prefer() -> None:
+    """Neurons that are mixtures of others want it low; chance likeness on few rows wants it high."""
+
+    def best(hidden: torch.Tensor, seen: int) -> float:
+        held = torch.arange(len(hidden)) >= seen
+        columns = torch.ones(5, hidden.shape[1], dtype=torch.float64)
+        errors = held_out_errors(hidden, columns, held, float(hidden.square().sum(0).mean()))
+        return RIDGES[int(errors.argmin())]
+
+    some, chance = rows(400, 8), torch.Generator().manual_seed(4)
+    assert best(torch.cat([some, some @ rows(8, 8, seed=2)], dim=1), 200) == RIDGES[0]
+    assert best(torch.randn(200, 16, generator=chance, dtype=torch.float64), 12) > RIDGES[0]
+    nobody = torch.zeros(30, dtype=torch.bool)
+    assert not held_out_errors(rows(30, 6), rows(7, 6), nobody, 1.0).any()

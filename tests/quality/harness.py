@@ -116,6 +116,12 @@ def increases(
     return np.asarray([_increase(name, pipeline, seed, gradients) for seed in seeds], np.float64)
 
 
+def shown(label: str, found: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Prints what was found for each seed, and gives it back."""
+    print(f"{label}: {found.mean():+.4f}, by seed {' '.join(f'{value:+.4f}' for value in found)}")
+    return found
+
+
 def measure(name: str, module: Module) -> Measured:
     """Loss and bytes of a module made from the fixture `name`."""
     losses = loss(module, FIXTURES[name].heldout)

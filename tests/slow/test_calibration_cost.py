@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import moec
-from moec.artifact.memory import MemoryWatch, anonymous_bytes
+from moec.artifact.memory import MemoryWatch, anonymous_bytes, give_back_freed_memory
 from moec.artifact.options import RAISING_PIPELINE
 from moec.artifact.tokens import TokenBatch, function_inputs
 from moec.frontend.huggingface import load_huggingface
@@ -80,6 +80,7 @@ def test_first_order_statistics_cost_few_forward_passes(folder: Path) -> None:
 
 
 def test_memory_stays_at_about_one_layer(folder: Path) -> None:
+    give_back_freed_memory()  # as every command does: what another test freed would else serve unseen
     module = raised(folder)
     layer = 2 * (folder / "model.safetensors").stat().st_size / LAYERS
     calibrate(module, folder)
@@ -89,4 +90,4 @@ def test_memory_stays_at_about_one_layer(folder: Path) -> None:
         calibrate(module, folder)
     grown = watch.peak - before
     print(f"{grown / layer:.2f} layers of {LAYERS}")
-    assert 0 < grown < 3 * layer
+    assert 0.5 * layer < grown < 3 * layer
