@@ -101,7 +101,7 @@ def loss(setting: Setting, k: int, source: Source = TINY) -> float:
 @functools.cache
 def dense_loss(source: Source = TINY) -> float:
     """The same of the dense model."""
-    return _heldout_loss(_raised(source), source)
+    return heldout_loss(raised(source), source)
 
 
 def neuron_level_loss(share: float, source: Source = TINY) -> float:
@@ -118,21 +118,20 @@ def scales(setting: Setting, k: int, source: Source = TINY) -> list[float]:
 
 @functools.cache
 def _loss(setting: Setting, k: int, source: Source) -> float:
-    return _heldout_loss(routed_to(setting, k, source), source)
+    return heldout_loss(routed_to(setting, k, source), source)
 
 
 def routed_to(setting: Setting, k: int, source: Source = TINY) -> Module:
     """The model with k experts for each token, the caller's own."""
-    module = _copy(_routed(setting, source))
+    module = copied(_routed(setting, source))
     by_pass = setting.calibrated_scale and setting.router != ORACLE
     moec.run_passes(module, f"set-routing{{k={k} {'scale=calibrated' if by_pass else ''}}}", seed=setting.seed)
     if setting.calibrated_scale and not by_pass:
-        for layer in find_moe_layers(module.op):
-            replace_routing(layer, dataclasses.replace(layer.route.routing, scale=_oracle_scale(layer, k, module)))
+        _scale_oracle(module, k)
     return module
 
 
-def _heldout_loss(module: Module, source: Source) -> float:
+def heldout_loss(module: Module, source: Source) -> float:
     found = [harness.loss(module, text, sequences=source.heldout, length=LENGTH).mean() for text in HELDOUT]
     return float(sum(found) / len(found))
 
@@ -140,7 +139,7 @@ def _heldout_loss(module: Module, source: Source) -> float:
 @functools.cache
 def _routed(setting: Setting, source: Source) -> Module:
     """The calibrated model with experts, all chosen, and their router."""
-    module = _copy(_calibrated(source, setting.seed))
+    module = copied(_calibrated(source, setting.seed))
     options = PARTITIONS[setting.partition].format(expert=_width(source) // setting.experts)
     experts = setting.experts - ("shared=" in options)
     moec.run_passes(module, f"factorize{{experts={experts} {options}}}", seed=setting.seed)
@@ -177,6 +176,20 @@ def _route_by_activity(layer: MoeLayer, module: Module) -> None:
     feed_router(layer, module.weights, append("abs.default", {"self": hidden}, width), sums)
 
 
+def choose_by_activity(module: Module, k: int, *, calibrated_scale: bool) -> None:
+    """Lets each token of a calibrated model have the k experts that give it most, whatever their router was."""
+    for layer in find_moe_layers(module.op):
+        _route_by_activity(layer, module)
+    moec.run_passes(module, f"set-routing{{k={k} combine=one}}")
+    if calibrated_scale:
+        _scale_oracle(module, k)
+
+
+def _scale_oracle(module: Module, k: int) -> None:
+    for layer in find_moe_layers(module.op):
+        replace_routing(layer, dataclasses.replace(layer.route.routing, scale=_oracle_scale(layer, k, module)))
+
+
 def _oracle_scale(layer: MoeLayer, k: int, module: Module) -> float:
     """What set-routing{scale=calibrated} would find: the rows that this router reads are too wide to be kept."""
     assert module.calibration is not None
@@ -200,7 +213,7 @@ def _gated_experts(layer: MoeLayer, module: Module) -> list[FeedForward]:
 
 @functools.cache
 def _calibrated(source: Source, seed: int) -> Module:
-    module = _copy(_raised(source))
+    module = copied(raised(source))
     texts = ",".join(map(str, CALIBRATION))
     read = f"text={texts} sequences={source.calibration} length={LENGTH} reservoir={source.calibration * LENGTH}"
     moec.run_passes(module, f"calibrate{{{read} gradients={str(source.gradients).lower()}}}", seed=seed)
@@ -215,7 +228,7 @@ def _scratch_folder() -> Path:
 
 
 @functools.cache
-def _raised(source: Source) -> Module:
+def raised(source: Source) -> Module:
     module = load_huggingface(source.folder, WeightStore(_scratch_folder()))
     moec.run_passes(module, RAISING_PIPELINE)
     return module
@@ -223,11 +236,11 @@ def _raised(source: Source) -> Module:
 
 @functools.cache
 def _width(source: Source) -> int:
-    module = _raised(source)
+    module = raised(source)
     return load_dense(find_dense_layers(module.op)[0], module.weights).width
 
 
-def _copy(module: Module) -> Module:
+def copied(module: Module) -> Module:
     clone = module.op.clone()
     assert isinstance(clone, ModuleOp)
     return dataclasses.replace(module, op=clone)

@@ -15,6 +15,7 @@ Calibration text and held-out text are different passages; nothing is chosen by 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
@@ -25,20 +26,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import moec
 from moec.artifact.summary import model_size
-from moec.frontend.huggingface import load_huggingface
+from moec.frontend.model_kind import ModelKind
+from moec.module import Module
+from moec.pipeline.recipes import RecipeRequest, find_recipe
 from tests.benchmarks.layer_speed import Call, load_onnx
 from tests.benchmarks.machine import cpu_seconds
-from tests.quality.dense_to_moe import ACTIVE, EXPERTS, LENGTH, ORACLE, Setting, Source, dense_loss, loss, routed_to
+from tests.quality.dense_to_moe import (
+    ACTIVE,
+    EXPERTS,
+    LENGTH,
+    Source,
+    choose_by_activity,
+    copied,
+    dense_loss,
+    heldout_loss,
+    raised,
+)
 from tests.slow.packages import smollm2_folder
 
 DECODE, PREFILL = 1, 128
 DENSE = 0
 """In place of a number of experts: the dense model."""
-
-BEST = Setting("k-means", calibrated_scale=True)
-SETTINGS = {"best": BEST, "random partition": Setting("random", calibrated_scale=True)}
-SETTINGS["oracle router"] = Setting("k-means", ORACLE, calibrated_scale=True)
 
 
 class Part(Enum):
@@ -52,6 +62,45 @@ class Part(Enum):
 def recipe(source: Source, k: int) -> str:
     """What `moec compile --recipe` is given for k experts."""
     return f"best{{experts={EXPERTS} k={k} sequences={source.calibration} length={LENGTH}}}"
+
+
+class Losses:
+    """The recipe `best`, run up to its last pass, which alone knows k, with the recipe's partition or a random one.
+
+    The calibration is that of the dense model, which the factorised one computes, so that partitions share it.
+    """
+
+    def __init__(self, source: Source, partition: str = "k-means") -> None:
+        request = RecipeRequest.parse(recipe(source, EXPERTS))
+        text = find_recipe(request.name, ModelKind.DENSE).text(settings=request.settings)
+        factorize, calibrate, *routers, self._routing = (part.strip() for part in text.split(","))
+        assert calibrate.startswith("calibrate{")
+        self._source, self._prepared = source, copied(_calibrated(source, calibrate))
+        divided = factorize.replace("{", f"{{partition={partition} ", 1)
+        moec.run_passes(self._prepared, ",".join([divided, *routers]))
+
+    def at(self, k: int) -> Module:
+        """The model that the recipe makes with k experts."""
+        module = copied(self._prepared)
+        moec.run_passes(module, self._routing.replace(f"k={EXPERTS}", f"k={k}", 1))
+        return module
+
+    def loss(self, k: int) -> float:
+        """Its held-out loss in nats per byte, the mean over the texts."""
+        return heldout_loss(self.at(k), self._source)
+
+    def oracle_loss(self, k: int) -> float:
+        """The same where a token gets the experts that give it most, with gates one and the scale that fits best."""
+        module = copied(self._prepared)
+        choose_by_activity(module, k, calibrated_scale=True)
+        return heldout_loss(module, self._source)
+
+
+@functools.cache
+def _calibrated(source: Source, calibrate: str) -> Module:
+    module = copied(raised(source))
+    moec.run_passes(module, calibrate)
+    return module
 
 
 def make_artifacts(source: Source, folder: Path) -> dict[int, Path]:
@@ -95,14 +144,15 @@ def print_speeds(source: Source, rounds: int, folder: Path) -> None:
 
 def print_losses(source: Source) -> None:
     """One line for each number of experts: losses, and active FLOPs of a token."""
-    dense = model_size(load_huggingface(source.folder)).active_flops / 1e6
+    dense = model_size(raised(source)).active_flops / 1e6
     print(f"{source.folder.name}: dense {dense_loss(source):.4f} nats per byte, {dense:.1f} MFLOP for a token")
-    print(f"{'k':>2}{'active MFLOP':>14}" + "".join(f"{name:>18}" for name in SETTINGS), flush=True)
+    columns = ("active MFLOP", "best", "random partition", "oracle router")
+    print(f"{'k':>2}" + "".join(f"{name:>18}" for name in columns), flush=True)
+    best, drawn = Losses(source), Losses(source, "random")
     for k in ACTIVE:
-        chosen = list(SETTINGS.values()) if k < EXPERTS else [BEST]
-        cells = "".join(f"{loss(setting, k, source):18.4f}" for setting in chosen)
-        flops = model_size(routed_to(BEST, k, source)).active_flops / 1e6
-        print(f"{k:2}{flops:14.1f}{cells}", flush=True)
+        found = [best.loss(k)] if k == EXPERTS else [best.loss(k), drawn.loss(k), best.oracle_loss(k)]
+        flops = model_size(best.at(k)).active_flops / 1e6
+        print(f"{k:2}{flops:18.1f}" + "".join(f"{number:18.4f}" for number in found), flush=True)
 
 
 def main() -> None:

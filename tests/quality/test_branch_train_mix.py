@@ -10,7 +10,10 @@ from tests.quality.fine_tunes import KINDS
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Losses]:
-    return {row.subject: row for row in rows(tmp_path_factory.mktemp("fine-tunes"))}
+    found = {row.subject: row for row in rows(tmp_path_factory.mktemp("fine-tunes"))}
+    for row in found.values():
+        print(row.subject, *[f"{value:.4f}" for value in (*row.nats, row.mean)])
+    return found
 
 
 @pytest.mark.slow
