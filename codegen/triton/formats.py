@@ -90,5 +90,5 @@ def _refusal(what: str, where: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"the Triton backend has no kernel for {what}",
         where=where,
-        hint="emit ONNX, or leave these experts as they were",
+        hint="integers of 1 to 8 bits and trits have kernels (quantize{bits=4}); or emit ONNX",
     )

@@ -140,6 +140,7 @@ def gate_up_grouped(
         gate_own = tl.cast(tokens, tl.int64) * 32 + slot * 32 + 0 * rank
         gate_source = tl.where(gate_latent >= 0, gate_source, gate_own)
         gate_source = gate_source + tl.zeros([BLOCK_M], dtype=tl.int64)
+        added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, rank, 16):
             k = start + tl.arange(0, 16)
             inside = (k < rank)[None, :]
@@ -147,12 +148,14 @@ def gate_up_grouped(
             block = tl.load(inner_ptr + gate_source[:, None] + k[None, :], mask=rows_mask, other=0.0)
             matrix_rows = input_left_ptr + left_base + column[:, None] * rank + k[None, :]
             weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-            gate = tl.dot(block, tl.trans(weights), gate, input_precision="ieee")
+            added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+        gate += tl.trans(added)
         up_latent = tl.load(table_ptr + expert * 19 + 14)
         up_source = token * 32 + up_latent
         up_own = tl.cast(tokens, tl.int64) * 32 + slot * 32 + 1 * rank
         up_source = tl.where(up_latent >= 0, up_source, up_own)
         up_source = up_source + tl.zeros([BLOCK_M], dtype=tl.int64)
+        added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, rank, 16):
             k = start + tl.arange(0, 16)
             inside = (k < rank)[None, :]
@@ -160,7 +163,8 @@ def gate_up_grouped(
             block = tl.load(inner_ptr + up_source[:, None] + k[None, :], mask=rows_mask, other=0.0)
             matrix_rows = input_left_ptr + left_base + (column + width)[:, None] * rank + k[None, :]
             weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-            up = tl.dot(block, tl.trans(weights), up, input_precision="ieee")
+            added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+        up += tl.trans(added)
         gate_bias = tl.load(biases_ptr + bias_base + column, mask=column_valid, other=0.0)
         gate += gate_bias[None, :]
         up_bias = tl.load(biases_ptr + bias_base + width + column, mask=column_valid, other=0.0)
@@ -227,6 +231,7 @@ def gate_up_slots(
             gate_own = tl.cast(tokens, tl.int64) * 32 + slot * 32 + 0 * rank
             gate_source = tl.where(gate_latent >= 0, gate_source, gate_own)
             gate_source = gate_source + tl.zeros([BLOCK_M], dtype=tl.int64)
+            added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, rank, 16):
                 k = start + tl.arange(0, 16)
                 inside = (k < rank)[None, :]
@@ -234,12 +239,14 @@ def gate_up_slots(
                 block = tl.load(inner_ptr + gate_source[:, None] + k[None, :], mask=rows_mask, other=0.0)
                 matrix_rows = input_left_ptr + left_base + column[:, None] * rank + k[None, :]
                 weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-                gate = tl.dot(block, tl.trans(weights), gate, input_precision="ieee")
+                added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+            gate += tl.trans(added)
             up_latent = tl.load(table_ptr + expert * 19 + 14)
             up_source = token * 32 + up_latent
             up_own = tl.cast(tokens, tl.int64) * 32 + slot * 32 + 1 * rank
             up_source = tl.where(up_latent >= 0, up_source, up_own)
             up_source = up_source + tl.zeros([BLOCK_M], dtype=tl.int64)
+            added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, rank, 16):
                 k = start + tl.arange(0, 16)
                 inside = (k < rank)[None, :]
@@ -247,7 +254,8 @@ def gate_up_slots(
                 block = tl.load(inner_ptr + up_source[:, None] + k[None, :], mask=rows_mask, other=0.0)
                 matrix_rows = input_left_ptr + left_base + (column + width)[:, None] * rank + k[None, :]
                 weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-                up = tl.dot(block, tl.trans(weights), up, input_precision="ieee")
+                added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+            up += tl.trans(added)
             gate_bias = tl.load(biases_ptr + bias_base + column, mask=column_valid, other=0.0)
             gate += gate_bias[None, :]
             up_bias = tl.load(biases_ptr + bias_base + width + column, mask=column_valid, other=0.0)
@@ -313,6 +321,7 @@ def down_grouped(
         left_base = tl.multiple_of(tl.load(table_ptr + expert * 19 + 17), 16)
         rank = tl.where(tl.load(table_ptr + expert * 19 + 18) >= 0, 0, rank)
         outer_source = slot * 16 + tl.zeros([BLOCK_M], dtype=tl.int64)
+        added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, rank, 16):
             k = start + tl.arange(0, 16)
             inside = (k < rank)[None, :]
@@ -320,7 +329,8 @@ def down_grouped(
             block = tl.load(outer_ptr + outer_source[:, None] + k[None, :], mask=rows_mask, other=0.0)
             matrix_rows = output_left_ptr + left_base + column[:, None] * rank + k[None, :]
             weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-            down = tl.dot(block, tl.trans(weights), down, input_precision="ieee")
+            added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+        down += tl.trans(added)
         down_bias = tl.load(biases_ptr + bias_base + 2 * width + column, mask=column_valid, other=0.0)
         down += down_bias[None, :]
         weight = tl.load(gates_ptr + slot, mask=valid, other=0.0)
@@ -377,6 +387,7 @@ def down_tokens(
             left_base = tl.multiple_of(tl.load(table_ptr + expert * 19 + 17), 16)
             rank = tl.where(tl.load(table_ptr + expert * 19 + 18) >= 0, 0, rank)
             outer_source = slot * 16 + tl.zeros([BLOCK_M], dtype=tl.int64)
+            added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
             for start in range(0, rank, 16):
                 k = start + tl.arange(0, 16)
                 inside = (k < rank)[None, :]
@@ -384,7 +395,8 @@ def down_tokens(
                 block = tl.load(outer_ptr + outer_source[:, None] + k[None, :], mask=rows_mask, other=0.0)
                 matrix_rows = output_left_ptr + left_base + column[:, None] * rank + k[None, :]
                 weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-                down = tl.dot(block, tl.trans(weights), down, input_precision="ieee")
+                added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+            down += tl.trans(added)
             down_bias = tl.load(biases_ptr + bias_base + 2 * width + column, mask=column_valid, other=0.0)
             down += down_bias[None, :]
             total += down * tl.load(gates_ptr + slot)
@@ -448,6 +460,7 @@ def latent_rows(
     column_valid = column < 32
     source = row * 32
     product = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for start in range(0, 32, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (k < 32)[None, :]
@@ -455,7 +468,8 @@ def latent_rows(
         block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
         matrix_rows = input_latent_ptr + column[:, None] * 32 + k[None, :]
         weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-        product = tl.dot(block, tl.trans(weights), product, input_precision="ieee")
+        added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+    product += tl.trans(added)
     target = inner_ptr + row[:, None] * 32 + column[None, :]
     tl.store(target, product.to(tl.float16), mask=valid[:, None] & column_valid[None, :])
 
@@ -496,6 +510,7 @@ def input_right_grouped(
         right_base = tl.multiple_of(tl.load(table_ptr + expert * 19 + 11), 16)
         column_valid = column < extent
         product = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, 32, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = (k < 32)[None, :]
@@ -503,7 +518,8 @@ def input_right_grouped(
             block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
             matrix_rows = input_right_ptr + right_base + column[:, None] * 32 + k[None, :]
             weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-            product = tl.dot(block, tl.trans(weights), product, input_precision="ieee")
+            added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+        product += tl.trans(added)
         target = tl.cast(tokens, tl.int64) * 32 + slot * 32 + tl.zeros([BLOCK_M], dtype=tl.int64)
         here = valid[:, None] & column_valid[None, :]
         tl.store(inner_ptr + target[:, None] + column[None, :], product.to(tl.float16), mask=here)
@@ -535,6 +551,7 @@ def input_right_slots(
         right_base = tl.multiple_of(tl.load(table_ptr + expert * 19 + 11), 16)
         column_valid = column < extent
         product = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, 32, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = (k < 32)[None, :]
@@ -542,7 +559,8 @@ def input_right_slots(
             block = tl.load(x_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
             matrix_rows = input_right_ptr + right_base + column[:, None] * 32 + k[None, :]
             weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-            product = tl.dot(block, tl.trans(weights), product, input_precision="ieee")
+            added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+        product += tl.trans(added)
         target = tl.cast(tokens, tl.int64) * 32 + slot * 32 + tl.zeros([BLOCK_M], dtype=tl.int64)
         here = valid[:, None] & column_valid[None, :]
         tl.store(inner_ptr + target[:, None] + column[None, :], product.to(tl.float16), mask=here)
@@ -584,6 +602,7 @@ def output_right_grouped(
         width = tl.multiple_of(tl.load(table_ptr + expert * 19 + 0).to(tl.int32), 16)
         column_valid = column < extent
         product = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, width, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = (k < width)[None, :]
@@ -591,7 +610,8 @@ def output_right_grouped(
             block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
             matrix_rows = output_right_ptr + right_base + column[:, None] * width + k[None, :]
             weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-            product = tl.dot(block, tl.trans(weights), product, input_precision="ieee")
+            added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+        product += tl.trans(added)
         target = slot * 16 + tl.zeros([BLOCK_M], dtype=tl.int64)
         here = valid[:, None] & column_valid[None, :]
         tl.store(outer_ptr + target[:, None] + column[None, :], product.to(tl.float16), mask=here)
@@ -623,6 +643,7 @@ def output_right_slots(
         width = tl.multiple_of(tl.load(table_ptr + expert * 19 + 0).to(tl.int32), 16)
         column_valid = column < extent
         product = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        added = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for start in range(0, width, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = (k < width)[None, :]
@@ -630,7 +651,8 @@ def output_right_slots(
             block = tl.load(hidden_ptr + source[:, None] + k[None, :], mask=rows_mask, other=0.0)
             matrix_rows = output_right_ptr + right_base + column[:, None] * width + k[None, :]
             weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside, other=0.0)
-            product = tl.dot(block, tl.trans(weights), product, input_precision="ieee")
+            added = tl.dot(weights, tl.trans(block), added, input_precision="ieee")
+        product += tl.trans(added)
         target = slot * 16 + tl.zeros([BLOCK_M], dtype=tl.int64)
         here = valid[:, None] & column_valid[None, :]
         tl.store(outer_ptr + target[:, None] + column[None, :], product.to(tl.float16), mask=here)
@@ -662,7 +684,7 @@ def finish(
     valid = token < tokens
     column_valid = column < 32
     here = valid[:, None] & column_valid[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for start in range(0, 16, 16):
         k = start + tl.arange(0, 16)
         inside = k < 16
@@ -681,7 +703,8 @@ def finish(
             block += gate[:, None] * rows.to(tl.float32)
         matrix_rows = output_latent_ptr + column[:, None] * 16 + k[None, :]
         weights = tl.load(matrix_rows, mask=column_valid[:, None] & inside[None, :], other=0.0)
-        total = tl.dot(block.to(tl.float16), tl.trans(weights), total, input_precision="ieee")
+        total = tl.dot(weights, tl.trans(block.to(tl.float16)), total, input_precision="ieee")
+    total = tl.trans(total)
     for number in range(ROWS):
         row = token * ROWS + number
         used = valid
