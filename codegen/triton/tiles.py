@@ -73,6 +73,9 @@ def tile_for(kind: LayerKind, phase: Phase, product: Product, wanted: Architectu
             # 32 threads of AMD hold half of what 64 do, and loads ahead of their use stay in registers there
             other = replace(tile, warps=128 // wanted.warp, stages=2)
             tile = replace(tile, block_m=8) if wanted.is_nvidia else other
+    if not wide and phase is not Phase.MANY and any(item.parts > 1 or item.zero_points for item in product.formats):
+        # products without matrix instructions hold whole rows in registers
+        tile = replace(tile, block_n=16, warps=4)
     while tile.stages > 1 and shared_memory(kind, product, tile) > wanted.shared_bytes:
         tile = replace(tile, stages=tile.stages - 1)
     while tile.block_n > 16 and shared_memory(kind, product, tile) > wanted.shared_bytes:
