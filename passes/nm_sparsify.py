@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -24,7 +25,9 @@ from moec.experts import (
     replace_experts,
 )
 from moec.ir import Operation
+from moec.passes.merging.least_squares import held_out_rows
 from moec.passes.sparsification.inputs import LayerInputs, Matrix
+from moec.passes.sparsification.learned import learn_masks
 from moec.passes.sparsification.masks import BlockPattern, row_mask
 from moec.passes.sparsification.second_order import Chooser, prune_second_order
 from moec.passes.sparsification.threshold import Threshold, find_threshold
@@ -33,13 +36,16 @@ from moec.weights.context import WeightContext
 
 UNSTRUCTURED, GLOBAL = "unstructured", "global"
 _SECOND_ORDER_BLOCK = 128
+_MOST_WAYS = 70
+_HELD_OUT = 0.2
 
 
 class Criterion(Enum):
     """Which weights stay. W is a weight and x its input over the tokens that chose the expert, g the token's gate.
 
     `magnitude`: |W|. `wanda`: |W| |x|. `gate-wanda`: |W| |g x| (MoE-Pruner). `sparsegpt`: second order, and the weights
-    that stay make up for the others; `gate-sparsegpt`: the same with tokens weighted by g².
+    that stay make up for the others; `gate-sparsegpt`: the same with tokens weighted by g². `learned`: patterns chosen
+    by gradients of the expert's error, starting at those of `gate-wanda` (MaskLLM).
     """
 
     MAGNITUDE = "magnitude"
@@ -47,6 +53,7 @@ class Criterion(Enum):
     GATE_WANDA = "gate-wanda"
     SPARSEGPT = "sparsegpt"
     GATE_SPARSEGPT = "gate-sparsegpt"
+    LEARNED = "learned"
 
     @property
     def is_second_order(self) -> bool:
@@ -56,7 +63,7 @@ class Criterion(Enum):
     @property
     def is_gated(self) -> bool:
         """Whether tokens are weighted by their gates."""
-        return self in (Criterion.GATE_WANDA, Criterion.GATE_SPARSEGPT)
+        return self in (Criterion.GATE_WANDA, Criterion.GATE_SPARSEGPT, Criterion.LEARNED)
 
 
 @register_pass("nm-sparsify")
@@ -72,6 +79,8 @@ class NmSparsify(Pass):
     2. `criterion` says which. All but `magnitude` need a calibration. An expert that none of its tokens chose falls
        back to `magnitude`.
     3. `sparsegpt` and `gate-sparsegpt` are the best by far at 2:4, and need Σ x xᵀ of each expert's input.
+    4. `learned` needs n:m. All matrices of an expert learn together, in `steps`, from the rows that chose it but for a
+       held-out fifth; learned masks that are no better there are left for those of `gate-wanda`.
 
     Protected experts stay as they are. Patterns are checked on the result. SparseGPT: arXiv 2301.00774, Wanda: arXiv
     2306.11695, global magnitude: essential sparsity, arXiv 2306.03805.
@@ -81,11 +90,14 @@ class NmSparsify(Pass):
     weights = Statistic("weights of the experts that were looked at")
     zeros = Statistic("weights of them that are zero now")
     unrouted = Statistic("experts without calibration tokens, pruned by magnitude")
+    learned = Statistic("experts whose learned masks are better than those of gate-wanda")
 
     pattern: str = option("n:m such as 2:4, unstructured, or global", "2:4")
     criterion: Criterion = option("which weights stay", Criterion.MAGNITUDE)
     ratio: float = option("unstructured, global: share of the weights that go", 0.5)
     damping: float = option("sparsegpt: what is added to the diagonal of Σ x xᵀ, as a share of its mean", 0.01)
+    steps: int = option("learned: steps of Adam", 100)
+    strength: float = option("learned: how far the start is drawn to the patterns of gate-wanda", 3.0)
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -99,6 +111,12 @@ class NmSparsify(Pass):
                 raise ValueError(f"{error}, nor {UNSTRUCTURED} or {GLOBAL}") from None
         if self.pattern == GLOBAL and self.criterion.is_second_order:
             raise ValueError(f"{self.criterion.value} scores of different matrices cannot be compared, as global needs")
+        if self.steps < 1 or not 0 <= self.strength < math.inf:
+            raise ValueError("steps must be at least 1, and strength must not be negative")
+        if self.criterion is Criterion.LEARNED:
+            blocks = self._block_pattern
+            if blocks is None or math.comb(blocks.block, blocks.kept) > _MOST_WAYS:
+                raise ValueError(f"learned masks need a pattern n:m with at most {_MOST_WAYS} ways to keep n of m")
 
     def run(self, op: Operation, context: PassContext) -> None:
         for left in find_unreadable(op):
@@ -171,9 +189,12 @@ class NmSparsify(Pass):
             if inputs is not None and not inputs.tokens(number):
                 context.count(self.unrouted)
             expert = _load(layer, weights, number)
+            masks = self._learned_masks(layer, number, expert, inputs, context)
             changed: dict[Matrix, torch.Tensor] = {}
             for matrix, weight in _matrices(expert):
-                if threshold is not None:
+                if masks is not None:
+                    pruned = torch.where(masks[matrix], weight, 0.0)
+                elif threshold is not None:
                     scores = _scores(inputs, number, expert, matrix, weight)
                     pruned = torch.where(threshold.mask(scores), weight, 0.0)
                 else:
@@ -190,6 +211,30 @@ class NmSparsify(Pass):
         context.count(self.zeros, zeros)
         context.remark(layer.experts, f"{zeros} of {total} expert weights are zero; they take as many bytes as before")
         replace_experts(layer, weights, new)
+
+    def _learned_masks(
+        self, layer: MoeLayer, number: int, expert: FeedForward, inputs: LayerInputs | None, context: PassContext
+    ) -> Mapping[Matrix, torch.Tensor] | None:
+        """The masks of an expert where they are learned and a token chose it."""
+        pattern = self._block_pattern
+        if self.criterion is not Criterion.LEARNED or pattern is None or inputs is None or not inputs.tokens(number):
+            return None
+        sample = context.require_calibration().sample(layer)
+        rows, gates = sample.chosen(layer, number)
+        generator = torch.Generator().manual_seed(context.seed)
+        found = learn_masks(
+            expert,
+            {matrix: pattern.mask(_scores(inputs, number, expert, matrix, w)) for matrix, w in _matrices(expert)},
+            pattern,
+            sample.x[rows].float(),
+            gates,
+            held_out_rows(sample.sequence[rows], _HELD_OUT, generator),
+            steps=self.steps,
+            strength=self.strength,
+            generator=generator,
+        )
+        context.count(self.learned, int(found.after < found.before))
+        return found.masks
 
     def _prune(
         self, inputs: LayerInputs | None, number: int, expert: FeedForward, matrix: Matrix, weight: torch.Tensor

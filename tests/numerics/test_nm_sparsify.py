@@ -22,6 +22,9 @@ from moec.experts import (
 )
 from moec.module import Module
 from moec.passes.nm_sparsify import Criterion
+from moec.passes.sparsification.inputs import Matrix
+from moec.passes.sparsification.learned import LearnedMasks, learn_masks, masked
+from moec.passes.sparsification.masks import BlockPattern
 from moec.pipeline.manager import PassManager, Pipeline, PipelineReport
 from moec.pipeline.spec import PipelineError
 from tests.experts.models import calibrate_text, copy_of, output, raised_model
@@ -69,13 +72,14 @@ def all_matrices(module: Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("pattern", ["2:4", "1:2"])
 def test_every_aligned_block_keeps_n_weights(mixtral: Module, criterion: Criterion, pattern: str) -> None:
     """V10, and V16: the same again changes nothing."""
-    once = sparse(mixtral, f"pattern={pattern} criterion={criterion.value}")
+    options = f"pattern={pattern} criterion={criterion.value} steps=3"
+    once = sparse(mixtral, options)
     kept, block = map(int, pattern.split(":"))
     for matrix in all_matrices(once):
         counts = (matrix.reshape(len(matrix), -1, block) != 0).sum(-1)
         assert bool((counts == kept).all())
     assert output(once).isfinite().all()
-    again = sparse(once, f"pattern={pattern} criterion={criterion.value}")
+    again = sparse(once, options)
     for one, other in zip(all_matrices(once), all_matrices(again), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
         assert torch.equal(one == 0, other == 0)
@@ -128,6 +132,36 @@ def test_second_order_is_nearer_to_the_outputs(mixtral: Module) -> None:
         for criterion in ("magnitude", "sparsegpt", "gate-sparsegpt")
     }
     assert max(errors["sparsegpt"], errors["gate-sparsegpt"]) < errors["magnitude"]
+
+
+def test_learned_masks_begin_at_a_prior_and_are_kept_where_they_are_better(mixtral: Module) -> None:
+    layer = layers_of(mixtral)[0]
+    expert = load_expert(layer, mixtral.weights, 1)
+    assert isinstance(expert, FeedForward)
+    # inputs of unlike size, of which magnitudes of weights know nothing
+    sizes = torch.rand(layer.hidden_size, generator=torch.Generator().manual_seed(2)).square()
+    rows = 2 * sizes * torch.randn(400, layer.hidden_size, generator=torch.Generator().manual_seed(1))
+    gates, held = torch.linspace(0.2, 1, 400, dtype=torch.float64), torch.arange(400) % 4 == 0
+    pattern = BlockPattern(2, 4)
+    weights = zip(Matrix, matrices(mixtral, layer, 1), strict=True)
+    prior = {matrix: pattern.mask(weight.abs()) for matrix, weight in weights}
+
+    def learned(strength: float, steps: int) -> LearnedMasks:
+        generator = torch.Generator().manual_seed(0)
+        given = (expert, prior, pattern, rows, gates, held)
+        return learn_masks(*given, steps=steps, strength=strength, generator=generator)
+
+    found = learned(3.0, 80)
+    assert found.after < 0.9 * found.before
+    for mask in found.masks.values():
+        assert bool((mask.reshape(len(mask), -1, 4).sum(-1) == 2).all())
+    strong = learned(1e6, 10)
+    assert strong.after == strong.before == found.before
+    assert all(torch.equal(strong.masks[matrix], prior[matrix]) for matrix in Matrix)
+    wanted = expert.apply(rows)
+    errors = gates[:, None] * (masked(expert, found.masks).apply(rows) - wanted)
+    share = errors[held].square().sum() / (gates[:, None] * wanted)[held].square().sum()
+    assert float(share) == pytest.approx(found.after, rel=1e-5)
 
 
 def test_protected_experts_stay_and_the_report_claims_no_bytes(mixtral: Module) -> None:
@@ -191,6 +225,9 @@ def test_damaged_and_unfitting_matrices_are_refused(mixtral: Module) -> None:
         ("pattern=globally", "nor unstructured or global"),
         ("ratio=1", "not within 0 <= ratio < 1"),
         ("damping=0", "not above 0"),
+        ("pattern=unstructured criterion=learned", "need a pattern n:m"),
+        ("pattern=6:16 criterion=learned", "at most 70 ways"),
+        ("steps=0", "at least 1"),
         ("pattern=global criterion=sparsegpt", "cannot be compared, as global needs"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from moec.api import run_passes
-from tests.quality.harness import calibrated, increases
+from tests.quality.harness import calibrated, increases, shown
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quality-micro")]
 
@@ -74,6 +74,13 @@ def test_second_order_is_far_better_than_scores_at_two_of_four(name: str) -> Non
     assert (gate_wanda < 1.05 * wanda).all()
     for criterion in ("sparsegpt", "gate-sparsegpt"):
         assert (_sparse(name, criterion) < 0.5 * gate_wanda).all()
+
+
+def test_learned_masks_are_far_better_than_those_they_begin_with() -> None:
+    """Behind second order, which changes the weights, too; these stay as they are."""
+    learned = shown("scratch, learned 2:4", _sparse("scratch", "learned"))
+    assert (learned < 0.6 * _sparse("scratch", "gate-wanda")).all()
+    assert (_sparse("scratch", "gate-sparsegpt") < learned).all()
 
 
 @pytest.mark.parametrize("name", _MODELS)
