@@ -73,6 +73,9 @@ def tile_for(kind: LayerKind, phase: Phase, product: Product, wanted: Architectu
             # 32 threads of AMD hold half of what 64 do, and loads ahead of their use stay in registers there
             other = replace(tile, warps=128 // wanted.warp, stages=2)
             tile = replace(tile, block_m=8) if wanted.is_nvidia else other
+    if any(item.two_levels for item in product.formats):
+        # the sum of sizes is a second result
+        tile = replace(tile, block_n=min(tile.block_n, 32))
     if not wide and phase is not Phase.MANY and any(item.parts > 1 or item.zero_points for item in product.formats):
         # products without matrix instructions hold whole rows in registers
         tile = replace(tile, block_n=16, warps=4)
