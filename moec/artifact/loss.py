@@ -61,12 +61,12 @@ def measure_loss(text: TokenizedText, subject: str, score: Scorer, settings: Los
 
 
 def artifact_scorer(model: OnnxModel, settings: LossSettings) -> Scorer:
-    """Scores with an exported decoder, feeding `settings.chunk` tokens at a time through its cache."""
+    """Scores with an exported decoder, feeding `settings.chunk` tokens at a time through its cache, if it has one."""
 
     def score(inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
         cache = model.empty_cache(len(inputs))
         total = 0.0
-        for start, stop in pieces(inputs.shape[1], settings.chunk):
+        for start, stop in pieces(inputs.shape[1], settings.chunk if model.has_cache else inputs.shape[1]):
             mask = np.ones((len(inputs), stop), np.int64)
             logits, cache = model.step(inputs[:, start:stop], mask, cache)
             total += cross_entropy(logits, targets[:, start:stop])
