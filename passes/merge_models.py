@@ -41,7 +41,7 @@ class MergeModels(Pass):
     3. `fit` learns c = sigma(a) for each layer, model and piece of a tensor on text without labels: KL to the
        logits of each model on its own text, plus the distance of hidden states behind each layer relative to theirs,
        plus a penalty for leaving the start. The best coefficients that were met are taken, so that the objective never
-       ends above its start. All models are in memory meanwhile.
+       ends above its start. One model and the derivative by its weights are in memory, however many models there are.
 
     Expert Merging (2025); its penalty of 5 left a small model at its start. All tensors have equally many pieces, where
     Expert Merging++ gives more to those that matter more.

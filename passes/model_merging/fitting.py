@@ -52,7 +52,8 @@ class CoefficientFit:
     """Minimises over a: mean over models t of KL(p_t || p) + hidden ||h - h_t||^2 / ||h_t||^2, on the text of t, plus
     the penalty times the mean of |sigma(a) - start|.
 
-    All models are in memory while it runs: it is meant for models that fit there several times.
+    In memory are the merged model and the derivative by its weights, whatever the number of models: their tensors are
+    read one by one, to merge them and for the derivative by a, which is sum <dL/dtheta, theta_t - theta_0> c (1 - c).
     """
 
     def __init__(
@@ -62,7 +63,6 @@ class CoefficientFit:
         self._executor = Executor(module.op, module.weights)
         self._segments: tuple[Segment, ...] = layer_segments(module.main.body, self._executor.steps)
         self._weights, self._layers = weights, list(layers)
-        self._tensors = [[module.weights.load(source).float() for source in weight.sources] for weight in weights]
         self._module, self._data = module, data
 
     def run(self, settings: FitSettings) -> Fit:
@@ -76,13 +76,16 @@ class CoefficientFit:
         for step in range(settings.steps + 1):
             objective = 0.0
             unknown.grad = None
+            coefficients = torch.sigmoid(unknown)
+            model = self._merged(coefficients.detach())
             for group in targets:
                 for target in group:
-                    loss = self._loss(target, torch.sigmoid(unknown), settings) / (len(targets) * len(group))
+                    loss = self._loss(target, model, settings) / (len(targets) * len(group))
                     loss.backward()  # type: ignore[no-untyped-call]
                     objective += float(loss.detach())
-            pull = settings.penalty * (torch.sigmoid(unknown) - settings.start).abs().mean()
-            pull.backward()  # type: ignore[no-untyped-call]
+            pull = settings.penalty * (coefficients - settings.start).abs().mean()
+            slope = self._slope(coefficients.detach(), model)
+            torch.autograd.backward([pull, coefficients], [torch.ones(()), slope])
             objective += float(pull.detach())
             if step == 0:
                 before = objective
@@ -93,10 +96,8 @@ class CoefficientFit:
         return Fit(torch.sigmoid(best), before, after)
 
     def _targets(self, number: int, data: CalibrationData, batch: int) -> list[_Target]:
-        overrides = {
-            weight.op.weight_name: tensors[number + 1]
-            for weight, tensors in zip(self._weights, self._tensors, strict=True)
-        }
+        load = self._module.weights.load
+        overrides = {weight.op.weight_name: load(weight.sources[number + 1]).float() for weight in self._weights}
         found = []
         for tokens in data.batches(batch, padding_in_front=False):
             inputs, kept = self._inputs(tokens)
@@ -108,13 +109,34 @@ class CoefficientFit:
     def _inputs(self, tokens: TokenBatch) -> tuple[Mapping[str, torch.Tensor], torch.Tensor]:
         return function_inputs(self._module.main, tokens), torch.from_numpy(tokens.mask).bool()
 
-    def _loss(self, target: _Target, coefficients: torch.Tensor, settings: FitSettings) -> torch.Tensor:
-        overrides = {}
-        for weight, tensors in zip(self._weights, self._tensors, strict=True):
+    def _tensors(self, weight: MergedWeight) -> list[torch.Tensor]:
+        return [self._module.weights.load(source).float() for source in weight.sources]
+
+    def _merged(self, coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The weights of the merged model by name, leaves of its derivative."""
+        model = {}
+        for weight in self._weights:
+            tensors = self._tensors(weight)
             own = coefficients[self._layers.index(weight.layer)]
-            overrides[weight.op.weight_name] = merged(tensors[0], tensors[1:], own)
+            model[weight.op.weight_name] = merged(tensors[0], tensors[1:], own).requires_grad_()
+        return model
+
+    def _slope(self, coefficients: torch.Tensor, model: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The derivative of the objective by each coefficient, from that by the weights."""
+        slope = torch.zeros_like(coefficients)
+        for weight in self._weights:
+            gradient = model[weight.op.weight_name].grad
+            if gradient is None:
+                continue
+            own = coefficients[self._layers.index(weight.layer)].clone().requires_grad_()
+            tensors = self._tensors(weight)
+            (part,) = torch.autograd.grad(merged(tensors[0], tensors[1:], own), own, gradient)
+            slope[self._layers.index(weight.layer)] += part
+        return slope
+
+    def _loss(self, target: _Target, model: Mapping[str, torch.Tensor], settings: FitSettings) -> torch.Tensor:
         with torch.enable_grad():
-            logits, hidden = self._forward(target.inputs, overrides)
+            logits, hidden = self._forward(target.inputs, model)
             log = torch.log_softmax(logits[target.kept], -1)
             loss = torch.nn.functional.kl_div(log, target.logits, reduction="batchmean", log_target=True)
             for mine, wanted in zip(hidden, target.hidden, strict=True):

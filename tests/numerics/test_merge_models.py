@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import moec
+from moec.calibration.data import read_data
 from moec.dialects.builtin import WeightOp
 from moec.errors import UsageError
 from moec.module import Module
-from moec.passes.model_merging.task_vectors import merged
+from moec.passes.model_merging.fitting import CoefficientFit, FitSettings
+from moec.passes.model_merging.task_vectors import MergedWeight, layer_name, layer_names, merged
 from tests.experts.models import difference, output
 from tests.frontend.tiny_models import VOCABULARY_SIZE
 from tests.numerics.several_models import changed, several
@@ -92,6 +94,29 @@ def test_the_fit_lowers_its_objective_and_comes_nearer_to_the_models(models: Mod
         assert after <= before
         ends.append(after)
     assert ends[2] < ends[1] < 0.95 * ends[0]
+
+
+def test_the_slope_from_weights_is_that_through_the_coefficients(models: Module, ids: Path) -> None:
+    data = read_data(models, texts=(), tokens=ids, sequences=2, length=16, seed=0)
+    found = [MergedWeight(op, layer_name(op.weight_name), (op.source, f"with.1/{op.source}"))
+             for op in models.op.walk() if isinstance(op, WeightOp)]  # fmt: skip
+    layers = layer_names(models.op)
+    settings = FitSettings(0.2, 2, 0, 0.1, 0.0, 1.0, 2)
+    fit = CoefficientFit(models, found, layers, [data])
+    (target,) = fit._targets(0, data, 2)
+    start = torch.full((len(layers), 1, 2), 0.2)
+    model = fit._merged(start)
+    fit._loss(target, model, settings).backward()  # type: ignore[no-untyped-call]
+    slope = fit._slope(start, model)
+    # all weights at once, as a model that fits into memory several times could have it
+    coefficients = start.clone().requires_grad_()
+    whole = {}
+    for weight in found:
+        base, other = fit._tensors(weight)
+        whole[weight.op.weight_name] = merged(base, [other], coefficients[layers.index(weight.layer)])
+    fit._loss(target, whole, settings).backward()  # type: ignore[no-untyped-call]
+    assert coefficients.grad is not None and torch.allclose(slope, coefficients.grad, atol=1e-6)
+    assert float(slope.abs().max()) > 1e-3
 
 
 def test_equal_inputs_give_equal_models(models: Module, ids: Path) -> None:
