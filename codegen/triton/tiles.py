@@ -79,6 +79,9 @@ def tile_for(kind: LayerKind, phase: Phase, product: Product, wanted: Architectu
     if not wide and phase is not Phase.MANY and any(item.parts > 1 or item.zero_points for item in product.formats):
         # products without matrix instructions hold whole rows in registers
         tile = replace(tile, block_n=16, warps=4)
+    if wide and phase is not Phase.SLOTS and len(product.formats) > 1 and len(product.results) > 1:
+        # the registers of all formats are held at once
+        tile = replace(tile, block_m=min(tile.block_m, 16), block_n=32, warps=2)
     while tile.stages > 1 and shared_memory(kind, product, tile) > wanted.shared_bytes:
         tile = replace(tile, stages=tile.stages - 1)
     while tile.block_n > 16 and shared_memory(kind, product, tile) > wanted.shared_bytes:
