@@ -168,4 +168,4 @@ def test_what_cannot_be_is_refused(llama: Module, pipeline: str, message: str) -
 def test_too_little_text_for_the_router_is_said(llama: Module, tmp_path: Path) -> None:
     module = copy_of(llama)
     report = moec.run_passes(module, f"factorize{{experts=4}},{calibrate_text(tmp_path)},init-router")
-    assert "256 rows for 65 unknowns of each expert; give 2080 or more" in str(report.records[-1].remarks[0])
+    assert "256 rows for 65 unknowns of each expert; give 2080 tokens or more" in str(report.records[-1].remarks[0])
