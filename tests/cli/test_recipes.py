@@ -101,7 +101,7 @@ def test_the_source_decides_between_recipes_of_one_name() -> None:
     made = str(Pipeline.parse(options.requested_pipeline(DENSE)))
     assert "factorize{experts=8 uneven=pad}" in made and "set-routing{k=4 combine=softmax" in made
     other = str(Pipeline.parse(CompileOptions(recipe="best{experts=16 k=2}").requested_pipeline(DENSE)))
-    assert "factorize{experts=16 uneven=pad}" in other and "set-routing{k=2 scale=calibrated}" in other
+    assert "factorize{experts=16 uneven=pad}" in other and "set-routing{k=2 combine=softmax" in other
     assert CompileOptions(recipe="folder/own.yaml{k=2}").recipe_title == "own.yaml{k=2}"
 
 
