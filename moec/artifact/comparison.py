@@ -46,19 +46,24 @@ def compare_with_source(
     if count < 1:
         raise UsageError(f"the text has fewer tokens than one window of {settings.window}", where=text.name)
     windows = text.ids[: count * settings.window].reshape(count, settings.window)
-    layers = _paired(source, artifact)
-    taps = _Taps(layers)
-    for start in range(0, count, settings.batch):
-        ids = np.ascontiguousarray(windows[start : start + settings.batch])
-        _run(source, ids, taps.of_source)
-        _run(artifact, ids, taps.of_artifact)
-        taps.compare()
     return Comparison(
         text=text.name,
         tokens=int(windows.size),
-        routers=tuple(layer.row() for layer in layers),
+        routers=compare_layers(source, artifact, windows, settings.batch),
         stored=stored_bits(source, artifact, onnx_file),
     )
+
+
+def compare_layers(source: Module, artifact: Module, windows: NDArray[np.int64], batch: int) -> tuple[RouterRow, ...]:
+    """Runs both on token ids [windows, tokens], `batch` windows at once, and compares the layers that both have."""
+    layers = _paired(source, artifact)
+    taps = _Taps(layers)
+    for start in range(0, len(windows), batch):
+        ids = np.ascontiguousarray(windows[start : start + batch])
+        _run(source, ids, taps.of_source)
+        _run(artifact, ids, taps.of_artifact)
+        taps.compare()
+    return tuple(layer.row() for layer in layers)
 
 
 def stored_bits(source: Module, artifact: Module, onnx_file: Path) -> StoredBits:
@@ -222,18 +227,28 @@ class _Taps:
     layers: Sequence[_LayerPair]
     before: dict[Operation, _Seen] = field(default_factory=dict)
     after: dict[Operation, _Seen] = field(default_factory=dict)
+    # what routers chose, before the choice of a replica left slots out
+    choices: dict[Operation, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def of_source(self, seen: Observation) -> None:
         """Notes what experts of the source read."""
         for layer in self.layers:
             if seen.op is layer.before and layer.is_comparable:
-                self.before[seen.op] = _seen(layer.before, seen)
+                op = layer.before
+                self.before[op] = _Seen(seen.frame, *(seen.operand(value) for value in (op.x, op.ids, op.gates)))
 
     def of_artifact(self, seen: Observation) -> None:
         """Notes what experts of the artifact read."""
+        if isinstance(seen.op, ReplicaOp):
+            self.choices[seen.op] = (seen.operand(seen.op.ids), seen.operand(seen.op.gates))
         for layer in self.layers:
             if seen.op is layer.after and layer.is_comparable:
-                self.after[seen.op] = _seen(layer.after, seen)
+                choice = layer.after.ids.defining_op
+                if isinstance(choice, ReplicaOp):
+                    ids, gates = self.choices[choice]
+                else:
+                    ids, gates = seen.operand(layer.after.ids), seen.operand(layer.after.gates)
+                self.after[seen.op] = _Seen(seen.frame, seen.operand(layer.after.x), ids, gates)
 
     def compare(self) -> None:
         """Compares what was seen, and forgets it."""
@@ -242,14 +257,7 @@ class _Taps:
                 layer.compare(self.before[layer.before], self.after[layer.after])
         self.before.clear()
         self.after.clear()
-
-
-def _seen(op: ExpertsOp, seen: Observation) -> _Seen:
-    ids, choice = seen.operand(op.ids), op.ids.defining_op
-    if isinstance(choice, ReplicaOp):
-        # ids from `outputs` on are the second replicas of the same router outputs
-        ids = ids % choice.outputs
-    return _Seen(seen.frame, seen.operand(op.x), ids, seen.operand(op.gates))
+        self.choices.clear()
 
 
 def _expert_output(op: ExpertsOp, frame: Frame, x: torch.Tensor, output: int) -> torch.Tensor:

@@ -102,8 +102,8 @@ class RouterRow(Record):
     """One layer against the source on the same text.
 
     `agreement` is the mean share of a token's experts that both choose, by router output, each on its own hidden
-    states; `same` the share of tokens whose experts are all the same. An expert that a threshold of replicas leaves out
-    is not chosen. None, with a `note`, where the router has other outputs than the source's.
+    states; `same` the share of tokens whose experts are all the same. What replicas leave out or exchange is no choice
+    of the router and does not count. None, with a `note`, where the router has other outputs than the source's.
     """
 
     layer: str
