@@ -112,7 +112,8 @@ def bench_folder(
     artifact = Artifact.open(folder)
     report = read_report(folder)
     subjects: list[Subject] = [OnnxSubject(ARTIFACT, artifact.onnx, settings.threads)]
-    subjects += [OnnxSubject(f"export {path.parent.name}/{path.name}", path, settings.threads) for path in beside]
+    names = export_names(beside)
+    subjects += [OnnxSubject(name, path, settings.threads) for name, path in zip(names, beside, strict=True)]
     if not alone:
         subjects += _transformers_subjects(
             artifact.source_folder(against), any(layer.classes for layer in report.layers)
@@ -123,6 +124,17 @@ def bench_folder(
     rows = _rows(_measure(subjects, settings, _vocabulary(artifact)), settings, report, limits)
     write_report(folder, report.model_copy(update={"speeds": tuple(rows)}))
     return rows
+
+
+def export_names(paths: Sequence[Path]) -> list[str]:
+    """What tells exports apart: the file with as many folders as are needed. Raises UsageError for equal paths."""
+    parts = [path.absolute().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        raise UsageError("an export is named twice", hint="give each file to --beside once")
+    length = 2
+    while len({own[-length:] for own in parts}) < len(parts):
+        length += 1
+    return [f"export {Path(*own[-length:])}" for own in parts]
 
 
 def _measure(subjects: Sequence[Subject], settings: BenchSettings, vocabulary: int) -> dict[str, tuple[float, float]]:
