@@ -15,12 +15,12 @@ from moec.errors import UsageError
 from moec.experts import FeedForward, MoeLayer, UnreadableExpertError, find_moe_layers, find_unreadable, load_expert
 from moec.ir import Operation
 from moec.passes.bit_allocation.bands import bands_by_energy
-from moec.passes.bit_allocation.costs import LayerCosts, Objective, dense, plannable, sides_of
+from moec.passes.bit_allocation.costs import LayerCosts, Objective, plannable
 from moec.passes.bit_allocation.measured import MeasuredPlans
 from moec.passes.bit_allocation.measured import Unit as MeasuredUnit
 from moec.passes.bit_allocation.orders import Sensitivities, longest_prefix
 from moec.passes.bit_allocation.solvers import Solver, Table, solve
-from moec.passes.factoring.sides import Side
+from moec.passes.factoring.sides import Side, dense_matrix, sides_of
 from moec.passes.neuron_pruning.scores import Criterion, NeuronScorer
 from moec.passes.quantizing.choices import FormatOptions
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
@@ -164,7 +164,7 @@ class AllocateBits(Pass):
                 context.refuse(layer.experts, f"stored expert {number} has other than dense matrices", self.pass_name)
                 continue
             sides = sides_of(expert)
-            survey.weights[number] = sum(dense(expert, side).numel() for side in sides)
+            survey.weights[number] = sum(dense_matrix(expert, side).numel() for side in sides)
             survey.widths[number] = expert.width
             if self.unit is Unit.MICRO:
                 continue
@@ -177,7 +177,7 @@ class AllocateBits(Pass):
                 raise UsageError(error.message, where=f"{layer.name}, expert {number}", hint=error.hint) from error
             units = [[side] for side in sides] if self.unit is Unit.PROJECTION else [sides]
             for members, row in zip(units, found, strict=True):
-                size = sum(dense(expert, side).numel() for side in members)
+                size = sum(dense_matrix(expert, side).numel() for side in members)
                 survey.units.append(_Unit(number, tuple(members), size, tuple(row)))
         return survey
 

@@ -16,8 +16,7 @@ from moec.errors import UsageError
 from moec.experts import FeedForward, MoeLayer, UnreadableExpertError, find_moe_layers, find_unreadable, load_expert
 from moec.experts.parts import erase_unused, new_weight, store_unrounded
 from moec.ir import Operation, Value
-from moec.passes.bit_allocation.costs import dense
-from moec.passes.factoring.sides import Side, projection
+from moec.passes.factoring.sides import Side, dense_matrix, projection
 from moec.passes.matching import shape, tensor
 from moec.passes.norm_folding.folding import NotLinearError, readers_of
 from moec.passes.norm_folding.linear_maps import Change, LinearMap, linear_map, load_matrix, rewrite_map
@@ -97,7 +96,7 @@ class SmoothExperts(Pass):
             if not isinstance(expert, FeedForward) or not len(rows):
                 continue
             sides = [side for side in (Side.GATE, Side.UP) if projection(expert, side) is not None]
-            matrix = torch.cat([dense(expert, side) for side in sides])
+            matrix = torch.cat([dense_matrix(expert, side) for side in sides])
             wishes.append(self._wish(sample.x[rows], matrix))
         if self.router and len(sample):
             found = linear_map(layer.router)

@@ -28,7 +28,7 @@ from moec.experts import (
 from moec.ir import Operation
 from moec.passes.delta_coding.fit import Coded, fit_signs
 from moec.passes.delta_coding.signs import packed_signs
-from moec.passes.factoring.sides import Side, dense_matrix, projection, with_matrices
+from moec.passes.factoring.sides import Side, dense_matrix, projection, sides_of, with_matrices
 from moec.passes.quantizing.choices import FormatOptions
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 from moec.quantization.rounding import round_matrix
@@ -107,9 +107,9 @@ class SparsifyDelta(Pass):
         wrong = total = 0.0
         size = stored = 0
         for members in self._alike(layer, context):
-            coded = {
-                side: self._fit(layer, weights, members, side, sample) for side in self._sides(layer, weights, members)
-            }
+            first = load_expert(layer, weights, members[0])
+            assert isinstance(first, FeedForward)
+            coded = {side: self._fit(layer, weights, members, side, sample) for side in sides_of(first)}
             for place, number in enumerate(members):
                 expert = load_expert(layer, weights, number)
                 assert isinstance(expert, FeedForward)
@@ -150,11 +150,6 @@ class SparsifyDelta(Pass):
             if len(members) == 1:
                 context.refuse(layer.experts, f"no other expert has the sizes of {members[0]}", self.pass_name)
         return [members for members in groups.values() if len(members) > 1]
-
-    def _sides(self, layer: MoeLayer, weights: WeightContext, members: Sequence[int]) -> list[Side]:
-        expert = load_expert(layer, weights, members[0])
-        assert isinstance(expert, FeedForward)
-        return [side for side in Side if projection(expert, side) is not None]
 
     def _fit(
         self, layer: MoeLayer, weights: WeightContext, members: Sequence[int], side: Side, sample: LayerSample | None

@@ -10,7 +10,7 @@ import torch
 
 from moec.calibration.sample import LayerSample
 from moec.experts import Dense, Expert, FeedForward, Matrix, MoeLayer, Projection, Quantized
-from moec.passes.factoring.sides import Side, projection, with_matrices
+from moec.passes.factoring.sides import Side, dense_matrix, projection, sides_of, with_matrices
 from moec.quantization.rounding import Target, round_matrix
 
 
@@ -97,22 +97,10 @@ class LayerCosts:
             return float((found - wanted).square().sum())
         wrong = total = 0.0
         for side, matrix in changed.items():
-            weight = dense(expert, side)
+            weight = dense_matrix(expert, side)
             wrong += float((matrix.dense() - weight).double().square().sum())
             total += float(weight.double().square().sum())
         return wrong / max(total, torch.finfo(torch.float64).tiny)
-
-
-def sides_of(expert: FeedForward) -> list[Side]:
-    """The matrices of an expert that there are."""
-    return [side for side in Side if projection(expert, side) is not None]
-
-
-def dense(expert: FeedForward, side: Side) -> torch.Tensor:
-    """A matrix [out, in] that is there."""
-    found = projection(expert, side)
-    assert found is not None
-    return found.dense()
 
 
 def plannable(expert: Expert) -> bool:
@@ -127,4 +115,4 @@ def _projections(expert: FeedForward) -> Iterator[Projection]:
 
 
 def _rounded(expert: FeedForward, side: Side, target: Target) -> Quantized:
-    return Quantized(round_matrix(target, dense(expert, side), side.value))
+    return Quantized(round_matrix(target, dense_matrix(expert, side), side.value))

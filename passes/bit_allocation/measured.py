@@ -11,8 +11,7 @@ from moec.dialects.builtin import ModuleOp
 from moec.experts import Dense, Expert, FeedForward, Matrix, MoeLayer, find_moe_layers, load_expert
 from moec.experts.replicas import append_experts
 from moec.module import Module
-from moec.passes.bit_allocation.costs import dense, sides_of
-from moec.passes.factoring.sides import Side, with_matrices
+from moec.passes.factoring.sides import Side, dense_matrix, sides_of, with_matrices
 from moec.quantization.rounding import Target, round_matrix
 
 Unit = tuple[int, int]
@@ -66,6 +65,6 @@ class MeasuredPlans:
 
 def _rounded(expert: FeedForward, target: Target, where: str) -> FeedForward:
     matrices: dict[Side, Matrix] = {
-        side: Dense(round_matrix(target, dense(expert, side), where).dense()) for side in sides_of(expert)
+        side: Dense(round_matrix(target, dense_matrix(expert, side), where).dense()) for side in sides_of(expert)
     }
     return with_matrices(expert, matrices)

@@ -36,6 +36,11 @@ def projection(expert: FeedForward, side: Side) -> Projection | None:
     return {Side.GATE: expert.gate, Side.UP: expert.up, Side.DOWN: expert.down}[side]
 
 
+def sides_of(expert: FeedForward) -> list[Side]:
+    """The matrices of an expert that there are."""
+    return [side for side in Side if projection(expert, side) is not None]
+
+
 def dense_matrix(expert: FeedForward, side: Side) -> torch.Tensor:
     """A matrix [out, in] multiplied out; the side must be there."""
     found = projection(expert, side)
