@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from moec.errors import UnsupportedModelError
 from moec.frontend.expert_body import is_stacked_experts, trace_stacked_experts
 from moec.frontend.hooks import BODY_ATTRIBUTE, EXPERTS_HOOK
 from moec.frontend.model_config import ModelSource
+from moec.frontend.same_computation import same_computation
 from moec.frontend.unregistered_experts import replace_expert_loops
 
 _MAX_PARAMETERS = 1 << 47
@@ -66,14 +68,17 @@ def build_empty_model(source: ModelSource) -> EmptyModel:
 
 
 def _trace_experts(model: PreTrainedModel) -> None:
-    found = False
+    digests: dict[Any, str] = {}
     for name, module in model.named_modules():
         if is_stacked_experts(module):
-            setattr(module, BODY_ATTRIBUTE, trace_stacked_experts(module, name).digest)
-            found = True
-            # The registry looks at the config of each block, which for composite models is not the model's own.
-            module.config._experts_implementation = EXPERTS_HOOK
-    if found:
+            # One trace takes half a second, and most models have one kind of expert in all layers.
+            equal = next((other for other in digests if same_computation(module, other)), None)
+            digests[module] = digests[equal] if equal is not None else trace_stacked_experts(module, name).digest
+    for module, digest in digests.items():
+        setattr(module, BODY_ATTRIBUTE, digest)
+        # The registry looks at the config of each block, which for composite models is not the model's own.
+        module.config._experts_implementation = EXPERTS_HOOK
+    if digests:
         model.config._experts_implementation = EXPERTS_HOOK
 
 

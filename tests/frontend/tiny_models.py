@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+
+from moec.frontend.empty_model import EmptyModel, build_empty_model
+from moec.frontend.model_config import resolve_model
 
 transformers_logging.disable_progress_bar()
 
@@ -188,6 +192,14 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     config = AutoConfig.for_model(model_type, **{**common, **model.settings, **overrides})
     config._attn_implementation = "eager"
     return config
+
+
+def empty_model(model_type: str, **changes: Any) -> EmptyModel:
+    """A tiny decoder without weights, as the frontend builds it."""
+    config = tiny_config(model_type, **changes)
+    values = json.loads(config.to_json_string(use_diff=False))
+    name = AutoModelForCausalLM._model_mapping[type(config)].__name__
+    return build_empty_model(resolve_model({**values, "architectures": [name]}, "config.json"))
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
