@@ -70,7 +70,7 @@ class RefitDown(Pass):
                 context.count(self.exact)
             elif fit.problem:
                 context.count(self.rejected)
-                context.remark(layer.experts, f"not refitted: {fit.problem}")
+                context.warn(layer.experts, f"not refitted: {fit.problem}")
             else:
                 context.count(self.layers)
                 context.count(self.fitted, len(fit.experts))

@@ -182,8 +182,11 @@ class SolveBudget(Pass):
         """Bytes of all weights but those of the experts of the problem."""
         total = 0
         for use in weight_uses(module):
-            shape, _ = module.weights.shape_dtype(use.expression)
-            total += use.elements * (self.dtype.itemsize if len(shape) > 1 else OutputDType.FLOAT32.itemsize)
+            shape, kept = module.weights.shape_dtype(use.expression)
+            # a packed matrix has elements in its codes alone, and all of its parts keep their types
+            packed = not kept.is_floating_point or not use.elements
+            each = self.dtype.itemsize if len(shape) > 1 else OutputDType.FLOAT32.itemsize
+            total += use.bytes if packed else use.elements * each
         return total - experts
 
     def _require_feasible(self, problem: Problem, module: Module, tables: list[LayerTable]) -> None:

@@ -187,15 +187,17 @@ class Context:
 
     # weights
 
-    def weight(self, expression: Expression, name: str) -> ir.Value:
+    def weight(self, expression: Expression, name: str, *, vectors: bool = False) -> ir.Value:
         """The weight as a value in the element type of the computation.
 
         A file in float16 stores its matrices so and casts them back where they are used: runtimes without float16
         arithmetic, ONNX Runtime's CPU provider among them, then compute in float32 and fold the cast when they load.
+        Vectors, and the stacks of `vectors` that experts have, stay as they are.
         """
         shape, torch_dtype = self.weights.shape_dtype(expression)
         dtype = _dtype(torch_dtype)
-        stored = DType.F16 if dtype is DType.F32 and self.options.dtype is DType.F16 and len(shape) > 1 else dtype
+        matrix = len(shape) > 1 and not vectors
+        stored = DType.F16 if dtype is DType.F32 and self.options.dtype is DType.F16 and matrix else dtype
         if stored is dtype and self.options.weights_in_place:
             expression = self._without_cast(expression)
             stored = _dtype(self.weights.shape_dtype(expression)[1])

@@ -204,7 +204,7 @@ class BodyWalk:
         """The vector of each row's expert, [n, width]; [width] where all experts have the same."""
         if not self._is_by_row(stack):
             return self.context.weight(_row(stack, 0, self.context), _row_name(stack, 0))
-        value = self.context.weight(stack.expression, stack.name)
+        value = self.context.weight(stack.expression, stack.name, vectors=True)
         return self.b.op("Gather", value, self.rows.expert_of_row(), axis=0)
 
     def _is_by_row(self, stack: Stacks) -> bool:

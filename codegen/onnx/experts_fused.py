@@ -60,9 +60,9 @@ def emit_fused(
         context.value(op.x),
         logits,
         _stack(context, op, form.first, "up"),
-        _stack(context, op, form.first_bias, "up_bias"),
+        _stack(context, op, form.first_bias, "up_bias", vectors=True),
         _stack(context, op, form.second, "down"),
-        _stack(context, op, form.second_bias, "down_bias"),
+        _stack(context, op, form.second_bias, "down_bias", vectors=True),
         domain=MICROSOFT,
         **operator_attributes(form, slots_used(op) + shared_parts),
     )
@@ -113,9 +113,11 @@ def slots_used(op: ExpertsOp) -> int:
     return min(static_size(op, tensor_of(op.ids).shape[1]), op.expert_count)
 
 
-def _stack(context: Context, op: ExpertsOp, expression: Expression | None, role: str) -> ir.Value | None:
+def _stack(
+    context: Context, op: ExpertsOp, expression: Expression | None, role: str, *, vectors: bool = False
+) -> ir.Value | None:
     if expression is None:
         return None
     named = context.named_weight(op.weights[0])
     prefix = "experts" if named is None else named.name.rpartition(".")[0]
-    return context.weight(expression, f"{prefix}.fused_{role}")
+    return context.weight(expression, f"{prefix}.fused_{role}", vectors=vectors)

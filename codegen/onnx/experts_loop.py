@@ -96,6 +96,9 @@ class _LoopWalk(BodyWalk):
 
     def _of_expert(self, stack: Stacks, *, as_is: bool = False) -> ir.Value:
         """The weight of the round's expert; `as_is`: in the type that it is stored in."""
-        whole = self.context.stored_as_is if as_is else self.context.weight
+        if as_is:
+            whole = self.context.stored_as_is(stack.expression, stack.name)
+        else:
+            whole = self.context.weight(stack.expression, stack.name, vectors=len(stack.shape) == 1)
         index = self.b.integer(0) if stack.is_shared else self.expert
-        return self.b.op("Gather", whole(stack.expression, stack.name), index, axis=0)
+        return self.b.op("Gather", whole, index, axis=0)

@@ -196,12 +196,16 @@ def pack_experts(experts: Sequence[CodedExpert], hidden_size: int, element: Elem
                 if beside is not None:
                     second = "shifts" if matrix.format.two_levels else "zeros"
                     store.append(f"{name}_{second}", beside, matrix.shared)
-    biases = any(item.bias is not None for expert in experts for item in _projections(expert))
+    biased = [any(item.bias is not None for item in _projections(expert)) for expert in experts]
+    biases = any(biased)
+    none = torch.zeros(2 * max((expert.padded_width for expert in experts), default=0) + hidden_size)
     for number, expert in enumerate(experts):
         table[number, Column.WIDTH] = expert.padded_width
         table[number, Column.ACTIVATION] = expert.activation
         if biases:
-            table[number, Column.BIAS_OFFSET] = store.append("biases", _biases(expert, hidden_size, gated))
+            # experts without biases share zeros
+            own = _biases(expert, hidden_size, gated) if biased[number] else none
+            table[number, Column.BIAS_OFFSET] = store.append("biases", own, shared=not biased[number])
     factors = _pack_factors(experts, hidden_size, element, gated, store, table)
     extended = factors != Factors() or any(expert.activation for expert in experts)
     table = table if extended else table[:, :FIRST_COLUMNS].contiguous()

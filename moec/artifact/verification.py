@@ -19,10 +19,10 @@ from moec.artifact.options import LEAN_BYTES, Activations, OutputDType
 from moec.artifact.runtime import OnnxModel
 from moec.artifact.summary import layer_of_experts
 from moec.artifact.tokens import TokenBatch, function_inputs, token_batch
-from moec.dialects.builtin import ModuleOp
+from moec.dialects.builtin import ModuleOp, WeightOp
 from moec.dialects.moe import ExpertsOp, ReplicaOp, RouteOp
 from moec.errors import VerificationError
-from moec.ir import Operation
+from moec.ir import Operation, TensorType
 from moec.reference.agreement import record_route
 from moec.reference.executor import Executor
 from moec.reference.frame import Observation
@@ -112,7 +112,7 @@ def verify_model(
     name = "IR"
     if dtype is OutputDType.FLOAT16:
         name = "IR with weights in float16"
-        ir = run_reference(module.op, HalfPrecisionWeights(module.weights), batch)
+        ir = run_reference(module.op, HalfPrecisionWeights(module), batch)
     if activations is Activations.INT8:
         name += " with float32 activations"
         ir = run_reference(module.op, module.weights, batch, tolerance)
@@ -123,16 +123,33 @@ def verify_model(
 
 
 class HalfPrecisionWeights(WeightContext):
-    """The weights as an artifact in float16 has them: matrices and stacks of matrices rounded, vectors not."""
+    """The weights as an artifact in float16 has them: matrices and stacks of matrices rounded, vectors and their
+    stacks not."""
 
-    def __init__(self, weights: WeightContext) -> None:
-        super().__init__(weights.checkpoint, weights.store)
+    def __init__(self, module: Module) -> None:
+        super().__init__(module.weights.checkpoint, module.weights.store)
+        self._vectors = _stacks_of_vectors(module.op)
 
     def load(self, expression: Expression | str, index: int | slice | None = None) -> torch.Tensor:
         """As `WeightContext.load`, through float16 where the artifact stores it so."""
         value = super().load(expression, index)
         shape, dtype = self.shape_dtype(expression)
-        return value.half().float() if len(shape) > 1 and dtype is torch.float32 else value
+        matrix = len(shape) > 1 and str(expression) not in self._vectors
+        return value.half().float() if matrix and dtype is torch.float32 else value
+
+
+def _stacks_of_vectors(module: ModuleOp) -> frozenset[str]:
+    """Sources of the weights that are a vector for each expert."""
+    found = set()
+    for op in module.walk():
+        if isinstance(op, ExpertsOp):
+            for group, weights, region in op.class_operands():
+                arguments = region.block.arguments[1 : 1 + group.stacks]
+                for value, argument in zip(weights[: group.stacks], arguments, strict=True):
+                    assert isinstance(argument.type, TensorType)
+                    if argument.type.rank == 1 and isinstance(value.defining_op, WeightOp):
+                        found.add(value.defining_op.source)
+    return frozenset(found)
 
 
 def verification_batch(module: Module, *, text: Path | None = None, seed: int = 0) -> TokenBatch:

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moec.api import run_passes
 from moec.artifact.options import OutputDType
@@ -17,6 +18,8 @@ from moec.budget.plan import BudgetPlan, read_plan, write_plan
 from moec.budget.tables import LayerTable, layer_table
 from moec.codegen.onnx.emit import emit_onnx
 from moec.codegen.onnx.targets import parse_target
+from moec.codegen.triton.emit import emit_triton
+from moec.codegen.triton.spec import Element
 from moec.dialects.builtin import WeightOp
 from moec.errors import MoecError, UnsafeInputError, UsageError
 from moec.experts import FeedForward, Quantized, find_moe_layers, load_expert, run_layer
@@ -143,6 +146,49 @@ def test_the_plan_keeps_to_its_bytes_and_the_artifact_has_them(
     assert sizes[0] - sizes[1] == source - plan.bytes
 
 
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts with biases, which are vectors as constants are."""
+    path = tmp_path_factory.mktemp("biased")
+    tiny_model("gpt_oss", num_hidden_layers=2, intermediate_size=128).save_pretrained(str(path))
+    write_tokens(path / "tokens.json", random_sequences([24] * 12))
+    return path
+
+
+def test_an_artifact_in_float16_has_the_bytes_of_the_account(biased: Path, tmp_path: Path) -> None:
+    module = calibrated(biased, tmp_path / "store", gradients=False)
+    targets = ("portable", "ort-cpu")
+    before = [_initializer_bytes(module, tmp_path / f"before-{name}", name, DType.F16) for name in targets]
+    plan = solved(module, "bytes=40% actions=narrow,constant,redirect steps=8 dtype=float16")
+    assert {ActionKind.NARROW, ActionKind.CONSTANT} <= set(plan.counts())
+    run_passes(module, "apply-plan,canonicalize,dce")
+    after = [_initializer_bytes(module, tmp_path / f"after-{name}", name, DType.F16) for name in targets]
+    assert [old - new for old, new in zip(before, after, strict=True)] == [plan.source_bytes - plan.bytes] * 2
+
+
+def test_kernels_in_bfloat16_have_the_bytes_of_the_account(folder: Path, tmp_path: Path) -> None:
+    """Widths in whole tiles of 16, which others are filled up to; one row of zeros is the bias of who has none."""
+    module = calibrated(folder, tmp_path / "store", gradients=False)
+    before = _kernel_bytes(module, tmp_path / "before")
+    plan = solved(module, "bytes=40% actions=narrow,constant steps=6 dtype=bfloat16")
+    constants = [sum(row.action is ActionKind.CONSTANT for row in layer.experts) for layer in plan.layers]
+    assert sum(constants)
+    run_passes(module, "apply-plan,canonicalize,dce")
+    zeros = 0
+    for layer, count in zip(plan.layers, constants, strict=True):
+        widest = max(row.size or 96 for row in layer.experts if row.action.is_stored)
+        zeros += 4 * (2 * widest + 64) * bool(count)
+    assert before == plan.source_bytes
+    assert _kernel_bytes(module, tmp_path / "after") == plan.bytes + zeros
+
+
+def _kernel_bytes(module: Module, folder: Path) -> int:
+    """Bytes of the experts in a package of kernels: without tables and routers."""
+    emit_triton(module, folder, element=Element.BFLOAT16)
+    tensors = [item for path in sorted(folder.rglob("*.safetensors")) for item in load_file(path).items()]
+    return sum(tensor.nbytes for name, tensor in tensors if name.startswith(("input", "output", "biases")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("refit", ["false", "true"])
 def test_bits_compete_with_the_other_ways(refit: str, folder: Path, tmp_path: Path) -> None:
@@ -169,10 +215,10 @@ def test_bits_compete_with_the_other_ways(refit: str, folder: Path, tmp_path: Pa
         assert sorted(item.width for item in packed) == sorted(wanted)
 
 
-def _initializer_bytes(module: Module, folder: Path, target: str) -> int:
+def _initializer_bytes(module: Module, folder: Path, target: str, dtype: DType = DType.F32) -> int:
     """Bytes of all tensors of numbers and codes of the exported model but single numbers."""
     folder.mkdir()
-    emit_onnx(module, folder, target=parse_target(target), dtype=DType.F32)
+    emit_onnx(module, folder, target=parse_target(target), dtype=dtype)
     model = onnx_ir.load(folder / "model.onnx")
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     tensors = [item.const_value for graph in graphs for item in graph.initializers.values()]
