@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from moec.artifact.options import RAISING_PIPELINE
 from moec.artifact.tokens import function_inputs, token_batch
@@ -19,11 +20,20 @@ from moec.weights.store import WeightStore
 from tests.frontend.tiny_models import VOCABULARY_SIZE, save_tiny_checkpoint
 
 
-def raised_model(model_type: str, folder: Path, **overrides: object) -> Module:
-    """A tiny random checkpoint of `model_type` as a raised module, with a store in `folder`."""
-    module = load_huggingface(save_tiny_checkpoint(model_type, folder, **overrides), WeightStore(folder / "store"))
+def raised_model(model_type: str, folder: Path, *, stored: torch.dtype = torch.float32, **overrides: object) -> Module:
+    """A tiny random checkpoint of `model_type`, its tensors `stored`, as a raised module with a store in `folder`."""
+    save_tiny_checkpoint(model_type, folder, **overrides)
+    store_as(stored, folder)
+    module = load_huggingface(folder, WeightStore(folder / "store"))
     PassManager(Pipeline.parse(RAISING_PIPELINE)).run(module.op, weights=module.weights, module=module)
     return module
+
+
+def store_as(dtype: torch.dtype, folder: Path) -> None:
+    """Rounds the tensors of a checkpoint in one float32 file to another element type."""
+    if dtype is not torch.float32:
+        file = folder / "model.safetensors"
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
 def calibrate_text(folder: Path, rows: int = 8, length: int = 32, options: str = "") -> str:

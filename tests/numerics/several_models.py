@@ -15,6 +15,7 @@ from moec.dialects.builtin import ModuleOp
 from moec.frontend.huggingface import load_huggingface
 from moec.module import Module
 from moec.weights.store import WeightStore
+from tests.experts.models import store_as
 from tests.frontend.tiny_models import VOCABULARY_SIZE, randomise, save_tiny_checkpoint
 
 
@@ -54,8 +55,7 @@ def several(
     first = (
         save_tiny_phi(folder / "first") if model_type == "phi" else save_tiny_checkpoint(model_type, folder / "first")
     )
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(first / "model.safetensors").items()}
-    save_file(tensors, first / "model.safetensors", metadata={"format": "pt"})
+    store_as(dtype, first)
     others = [first, first] if equal else [like(first, folder / str(seed), seed, only) for seed in (1, 2)]
     module = load_huggingface(first, WeightStore(folder / "store"), others)
     moec.run_passes(module, RAISING_PIPELINE)

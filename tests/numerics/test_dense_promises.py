@@ -13,8 +13,9 @@ import torch
 import moec
 from moec.artifact.tokens import function_inputs, token_batch
 from moec.codegen.onnx.targets import parse_target
+from moec.dialects.builtin import WeightOp
 from moec.errors import MoecError
-from moec.ir import structural_difference
+from moec.ir import DType, TensorType, structural_difference
 from moec.module import Module
 from tests.codegen.running import emit_and_run
 from tests.experts.models import calibrate_text, copy_of, output, raised_model
@@ -42,7 +43,7 @@ ONCE = tuple(pipeline for pipeline in PIPELINES if "init-router" not in pipeline
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Module:
-    module = raised_model("llama", tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
+    module = raised_model("llama", tmp_path_factory.mktemp("llama"), stored=torch.bfloat16)
     moec.run_passes(module, calibrate_text(tmp_path_factory.mktemp("tokens"), rows=80))
     return module
 
@@ -69,6 +70,20 @@ def test_both_onnx_targets_compute_what_the_pass_made(llama: Module, pipeline: s
     for target in ("portable", "ort-cpu"):
         got, _ = emit_and_run(module, feeds, tmp_path / target, target=parse_target(target))
         assert np.abs(got["logits"] - expected)[real].max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_element_types_stay(llama: Module, pipeline: str) -> None:
+    """The module's, whatever its file stores, and the stored ones: bfloat16 that is moved is not rounded or widened."""
+    module = changed(llama, pipeline)
+    weights = [op for op in module.op.walk() if isinstance(op, WeightOp)]
+    assert {op.value.type.dtype for op in weights if isinstance(op.value.type, TensorType)} == {DType.F32}
+    source = {op.weight_name: op.source for op in llama.op.walk() if isinstance(op, WeightOp)}
+    assert all(text.startswith("cast(") for text in source.values())
+    assert any(op.source == source.get(op.weight_name) for op in weights)
+    if pipeline.startswith("factorize") or "granularity" in pipeline:
+        moved = [module.weights.load(op.source) for op in weights if "router" not in op.weight_name]
+        assert all(torch.equal(value, value.bfloat16().float()) for value in moved)
 
 
 @pytest.mark.parametrize("pipeline", ONCE)

@@ -259,6 +259,34 @@ def test_one_expert_is_the_block_with_its_neurons_alone(llama: Module) -> None:
         assert difference((hidden * mask) @ block.down.dense().T, expert.apply(observed.x)) < 1e-5
 
 
+def test_experts_in_groups_are_the_block_under_a_mask_for_any_number_of_them(llama: Module) -> None:
+    """What is computed one expert at a time is the dense block whose other neurons are zero, token by token."""
+    block, observed = first_block(llama)
+    up = [tuple(row) for row in block.up.dense().tolist()]
+    hidden = block.hidden_activations(observed.x)
+    for k in (1, 2, 3, 4):
+        module = changed(llama, f"factorize{{experts=4 shared=32}},init-router,set-routing{{k={k}}}")
+        layer = find_moe_layers(module.op)[0]
+        run = run_layer(layer, module.weights, observed.x, observed.x)
+        mask = torch.zeros(len(observed.x), block.width)
+        for number in range(4):
+            expert = load_expert(layer, module.weights, number)
+            assert isinstance(expert, FeedForward)
+            neurons = [up.index(tuple(row)) for row in expert.up.dense().tolist()]
+            mask[:, neurons] = (run.ids == number).any(1, keepdim=True).float()
+        assert run.y is not None and mask.sum(1).unique().tolist() == [k * (block.width - 32) // 4]
+        assert difference((hidden * mask) @ block.down.dense().T, run.y) < 1e-5
+
+
+def test_flops_are_those_of_the_chosen_experts_and_of_the_router(llama: Module) -> None:
+    layers, hidden, width = len(find_dense_layers(llama.op)), 64, 96
+    dense = model_size(llama).active_flops
+    for k, shared in ((4, 0), (3, 0), (1, 0), (2, 32)):
+        module = changed(llama, f"factorize{{experts=4 shared={shared}}},init-router,set-routing{{k={k}}}")
+        unused = (width - shared) * (4 - k) // 4
+        assert model_size(module).active_flops == dense - 2 * layers * hidden * (3 * unused - 4)
+
+
 def test_parameters_are_those_of_the_model_and_of_routers_and_padding(llama: Module) -> None:
     layers, hidden, width = len(find_dense_layers(llama.op)), 64, 96
     for experts, options in ((4, ""), (4, "shared=32"), (7, "uneven=pad"), (7, "uneven=ragged")):
