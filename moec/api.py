@@ -84,6 +84,7 @@ def compile(
     uniform: bool = False,
     checkpoint_dtype: str = "auto",
     shard_bytes: int = SHARD_BYTES,
+    architectures: Sequence[str] = (),
     replace: bool = False,
 ) -> CompileResult:
     """Compiles a Hugging Face folder into the artifact folder `output`; the options are those of `moec compile`, where
@@ -111,6 +112,7 @@ def compile(
         calibration=None if calibration is None else Path(calibration),
         emit=tuple(sorted({Backend(name) for name in emit}, key=list(Backend).index)),
         checkpoint=CheckpointOptions(uniform, CheckpointDType(checkpoint_dtype), shard_bytes),
+        architectures=tuple(architectures),
     )
     return compile_folder(Path(source), Path(output), options, replace=replace)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ from moec.codegen.triton.architectures import Architecture
 from moec.codegen.triton.other_kernels import other_kernels
 from moec.codegen.triton.running import INTERPRET, require_triton
 from moec.codegen.triton.spec import Element
+from moec.codegen.triton.tile_table import Origin
 from moec.codegen.triton.tiles import Phase, Tile
 from moec.errors import ResourceError, UsageError
 
@@ -43,13 +44,15 @@ _ELEMENT_POINTERS = frozenset(
     {"x", "hidden", "y", "result", "float", "inner", "outer", "latent"}
     | {f"{side}_{factor}" for side in ("input", "output") for factor in ("left", "right", "latent")}
 )
-BINARIES_FILE = "kernels.json"
 _CHUNK, _SCAN_ROWS, _LARGEST_BLOCK = 128, 16, 1024
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as the launcher starts it: `kind` and `product` are empty for kernels without weights."""
+    """A kernel as the launcher starts it: `kind` and `product` are empty for kernels without weights.
+
+    `origin` says where the tile comes from.
+    """
 
     name: str
     function: Any
@@ -60,6 +63,13 @@ class Launch:
     product: str = ""
     phase: Phase | None = None
     tile: Tile | None = None
+    origin: Origin | None = None
+
+    def with_tile(self, tile: Tile) -> Launch:
+        """The same kernel with blocks of other sizes."""
+        sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+        constants = tuple((name, sizes.get(name, value)) for name, value in self.constants)
+        return replace(self, constants=constants, warps=tile.warps, stages=tile.stages, tile=tile)
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Package:
     element: Element
     kinds: tuple[ModuleType, ...]
     sorting: ModuleType
-    tiles: dict[str, dict[str, list[int]]]
+    tiles: dict[str, dict[str, dict[str, Any]]]
 
     @staticmethod
     def open(folder: Path) -> Package:
@@ -103,7 +113,8 @@ class Package:
             for phase in Phase:
                 grouped = phase is not Phase.SLOTS
                 for product, columns in (("gate_up", kind.INPUT_COLUMNS), ("down", kind.OUTPUT_COLUMNS)):
-                    tile = Tile(*self.tiles[architecture.name][f"{kind.NAME}/{phase.value}/{product}"])
+                    row = self.tiles[architecture.name][f"{kind.NAME}/{phase.value}/{product}"]
+                    tile = Tile(*row["tile"])
                     name = (
                         f"{product}_grouped"
                         if grouped
@@ -116,7 +127,16 @@ class Package:
                         ("WHOLE", columns > 0 and columns % tile.block_k == 0),
                     )
                     yield Launch(
-                        name, getattr(kind, name), constants, tile.warps, tile.stages, kind.NAME, product, phase, tile
+                        name,
+                        getattr(kind, name),
+                        constants,
+                        tile.warps,
+                        tile.stages,
+                        kind.NAME,
+                        product,
+                        phase,
+                        tile,
+                        Origin(row["from"]),
                     )
             yield from self._others(kind, architecture)
         for experts in sorted({kind.EXPERTS for kind in self.kinds}):
@@ -136,7 +156,7 @@ class Package:
             if not item.product:
                 yield Launch(item.name, function, item.constants, 4, 3, kind.NAME, "", item.phase)
                 continue
-            tile = Tile(*self.tiles[architecture.name][f"{kind.NAME}/{item.phase.value}/{item.product}"])
+            tile = Tile(*self.tiles[architecture.name][f"{kind.NAME}/{item.phase.value}/{item.product}"]["tile"])
             whole = item.name == "latent_rows" and kind.HIDDEN_SIZE % tile.block_k == 0
             sizes = (("BLOCK_M", tile.block_m), ("BLOCK_N", tile.block_n), ("BLOCK_K", tile.block_k), ("WHOLE", whole))
             constants = (*item.constants, *sizes)
@@ -159,7 +179,10 @@ def compile_launch(launch: Launch, architecture: Architecture, element: Element)
     target = GPUTarget(architecture.backend, architecture.target, architecture.warp)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     try:
-        found = triton.compile(source, target=target, options=options)
+        with triton.knobs.compilation.scope():
+            # lines would put the folder's path into the binary
+            triton.knobs.compilation.disable_line_info = True
+            found = triton.compile(source, target=target, options=options)
     except Exception as error:
         raise ResourceError(
             f"{launch.name} does not compile for {architecture.name}: {error}", where=f"{launch.kind} {launch.tile}"
@@ -189,41 +212,6 @@ def argument_type(name: str, element: Element) -> str:
     if pointee.endswith(("_scales", "_zeros", "_shifts")):
         return "*fp32"
     return "*i8" if pointee.startswith("int8") else "*i32"
-
-
-def write_binaries(package: Package, architectures: Sequence[Architecture], output: Path) -> None:
-    """Writes cubins and code objects into a new folder, with a list of what each takes, for hosts without Python.
-
-    Raises UsageError where the folder exists, ResourceError as `compile_launch`.
-    """
-    if output.exists():
-        raise UsageError("the folder for binaries exists", where=str(output), hint="name one that does not")
-    rows = []
-    for architecture in architectures:
-        folder = output / architecture.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for launch in package.launches(architecture):
-            found = compile_launch(launch, architecture, package.element)
-            parts = [launch.kind, launch.phase.value if launch.phase else "", launch.name]
-            parts += [] if launch.kind else [str(value) for _, value in launch.constants]
-            file = "-".join(part for part in parts if part) + (".cubin" if architecture.is_nvidia else ".hsaco")
-            (folder / file).write_bytes(found.binary)
-            constants = dict(launch.constants)
-            rows.append(
-                {
-                    "file": f"{architecture.name}/{file}",
-                    "entry": found.entry,
-                    "arguments": [
-                        [name, argument_type(name, package.element)]
-                        for name in launch.function.arg_names
-                        if name not in constants
-                    ],
-                    "constants": constants,
-                    "threads": found.warps * architecture.warp,
-                    "shared_bytes": found.shared_bytes,
-                }
-            )
-    (output / BINARIES_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _import(path: Path) -> ModuleType:

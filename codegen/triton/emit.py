@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from moec.codegen.triton.ahead import Package
 from moec.codegen.triton.reading import layers_of, read_layer
 from moec.codegen.triton.rendering import PACKAGE_NAME, render_package
 from moec.codegen.triton.spec import Element, LayerKind
-from moec.codegen.triton.tiles import tile_table
+from moec.codegen.triton.tile_table import tile_table
 from moec.module import Module
 
 LAYERS_FILE = "layers.json"
@@ -47,11 +49,22 @@ def emit_triton(module: Module, folder: Path, *, element: Element) -> TritonRepo
         weight_bytes += sum(tensor.nbytes for tensor in found.tensors.values())
         with_it = [name for shared in found.block.shared for name in shared.modules]
         rows.append({"name": found.name, "kind": kinds.index(found.kind), "weights": file, "shared": with_it})
+    _write_source(kinds, rows, package)
+    return TritonReport(tuple(kinds), len(rows), weight_bytes)
+
+
+def write_package(kinds: Sequence[LayerKind], folder: Path) -> Package:
+    """Writes and opens a package of kinds of layers without any layer, which compiles and has nothing to run."""
+    _write_source(kinds, [], folder)
+    return Package.open(folder)
+
+
+def _write_source(kinds: Sequence[LayerKind], layers: Sequence[dict[str, object]], package: Path) -> None:
     for name, text in render_package(kinds).items():
         (package / name).write_text(text, encoding="utf-8")
-    _write_json(package / LAYERS_FILE, {"element": element.value, "kinds": len(kinds), "layers": rows})
+    element = kinds[0].element.value
+    _write_json(package / LAYERS_FILE, {"element": element, "kinds": len(kinds), "layers": layers})
     _write_json(package / TILES_FILE, tile_table(kinds))
-    return TritonReport(tuple(kinds), len(rows), weight_bytes)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -16,6 +16,7 @@ from moec.codegen.triton.prediction import Prediction, gpu_of, predict
 class KernelRow:
     """One binary. `phase` is empty for kernels without weights, for which there is no prediction either.
 
+    `origin` says where the tile comes from.
     `instructions` are those of a thread per weight; None where they cannot be told from the binary.
     """
 
@@ -24,6 +25,7 @@ class KernelRow:
     kernel: str
     phase: str
     tile: str
+    origin: str
     metrics: Metrics
     instructions: float | None
     prediction: Prediction | None
@@ -40,11 +42,18 @@ def report_kernels(
     package: Package,
     architectures: Sequence[Architecture],
     progress: Callable[[str], None] = lambda step: None,
+    *,
+    only_products: bool = False,
 ) -> Iterator[KernelRow]:
-    """Compiles every kernel for every architecture. Raises ResourceError for one that does not fit."""
+    """Compiles every kernel for every architecture, or those of the two products of experts alone.
+
+    Raises ResourceError for one that does not fit.
+    """
     kinds = {kind.NAME: kind for kind in package.kinds}
     for architecture in architectures:
         for launch in package.launches(architecture):
+            if only_products and not launch.product:
+                continue
             progress(f"{launch.name} for {architecture.name}")
             compiled = compile_launch(launch, architecture, package.element)
             metrics = measure(compiled)
@@ -61,6 +70,7 @@ def report_kernels(
                 launch.name,
                 launch.phase.value if launch.phase else "",
                 "" if tile is None else f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.warps} s{tile.stages}",
+                launch.origin.value if launch.origin else "",
                 metrics,
                 instructions,
                 prediction,

@@ -21,6 +21,7 @@ ROUTE_OPERANDS = ("logit_bias", "mask", "select_bias", "per_expert_scale")
 """Vectors with one number per router output that a route may have, in the order of the kernel's arguments."""
 
 _KERNELS = "kernels.py.j2"
+_SHARED = ("__init__.py", "blocks.py", "launch.py", "measuring.py", "operators.py", "sorting.py", "tiles.py")
 _LINE = 120
 _ROUTE_BLOCK = 1024  # numbers of a block of logits
 _ONES = {Element.BFLOAT16: (7, 0x3F80), Element.FLOAT16: (10, 0x3C00), Element.FLOAT32: (23, 0x3F800000)}
@@ -63,7 +64,7 @@ def render_package(kinds: Sequence[LayerKind]) -> dict[str, str]:
         "namespace": f"moec_{digest}",
         "element": kinds[0].element.value,
     }
-    for name in ("__init__.py", "blocks.py", "launch.py", "operators.py", "sorting.py", "tiles.py"):
+    for name in _SHARED:
         found[name] = _render(f"{name}.j2", **shared)
     return found
 

@@ -1,20 +1,15 @@
-"""Sizes of blocks for each kind of layer, phase, product and architecture, chosen so that they fit shared memory.
+"""Sizes of blocks by rule: for any kind of layer, phase, product and architecture, so that they fit shared memory.
 
-The table is a starting point that compiles everywhere, not a measurement. A device that it does not list gets the
-entry `default`, which fits the smallest of the architectures.
+They are the defaults where `tile_table.py` knows nothing better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 
-from moec.codegen.triton.architectures import ARCHITECTURES, Architecture
+from moec.codegen.triton.architectures import Architecture
 from moec.codegen.triton.spec import FLOAT, PLANE_BLOCK, LayerKind, Product
-
-DEFAULT = "default"
-INTERPRETER = "interpreter"
 
 
 class Phase(Enum):
@@ -34,22 +29,6 @@ class Tile:
     block_k: int
     warps: int
     stages: int
-
-
-def tile_table(kinds: Sequence[LayerKind]) -> dict[str, dict[str, list[int]]]:
-    """`tiles.json`: for each architecture the tiles by `kind/phase/product`."""
-    smallest = min(ARCHITECTURES, key=lambda item: (item.shared_bytes, item.is_nvidia))
-    table: dict[str, dict[str, list[int]]] = {}
-    for name, wanted in {DEFAULT: smallest, INTERPRETER: None, **{item.name: item for item in ARCHITECTURES}}.items():
-        entries = table.setdefault(name, {})
-        for number, kind in enumerate(kinds):
-            for phase in Phase:
-                for product_name, product in (("gate_up", kind.gate_up), ("down", kind.down)):
-                    tile = (
-                        _interpreted(kind, phase, product) if wanted is None else tile_for(kind, phase, product, wanted)
-                    )
-                    entries[f"kind_{number}/{phase.value}/{product_name}"] = list(astuple(tile))
-    return table
 
 
 def tile_for(kind: LayerKind, phase: Phase, product: Product, wanted: Architecture) -> Tile:
@@ -81,7 +60,8 @@ def tile_for(kind: LayerKind, phase: Phase, product: Product, wanted: Architectu
         tile = replace(tile, block_n=16, warps=4)
     if wide and phase is not Phase.SLOTS and len(product.formats) > 1 and len(product.results) > 1:
         # the registers of all formats are held at once
-        tile = replace(tile, block_m=min(tile.block_m, 16), block_n=32, warps=2)
+        zero_points = phase is Phase.FEW and any(item.zero_points for item in product.formats)
+        tile = replace(tile, block_m=min(tile.block_m, 16), block_n=16 if zero_points else 32, warps=2)
     while tile.stages > 1 and shared_memory(kind, product, tile) > wanted.shared_bytes:
         tile = replace(tile, stages=tile.stages - 1)
     while tile.block_n > 16 and shared_memory(kind, product, tile) > wanted.shared_bytes:
@@ -103,8 +83,8 @@ def shared_memory(kind: LayerKind, product: Product, tile: Tile) -> int:
     return largest
 
 
-def _interpreted(kind: LayerKind, phase: Phase, product: Product) -> Tile:
-    """Large blocks: in the interpreter each operation costs the same, whatever its size."""
+def interpreted_tile(kind: LayerKind, phase: Phase, product: Product) -> Tile:
+    """Large blocks: in Triton's interpreter each operation costs the same, whatever its size."""
     columns = max(16, min(512, _power_of_two(product.rows if product.results == ("down",) else kind.largest_width)))
     depth = max(16, min(512, _power_of_two(product.columns or kind.largest_width)))
     rows = 64 if phase is Phase.MANY else 16

@@ -14,7 +14,7 @@ from moec.artifact.activations import activations_entry, speed_hints, uses_int8
 from moec.artifact.checkpoint import compare_checkpoint, emit_checkpoint
 from moec.artifact.emission import emit_folder
 from moec.artifact.folder import atomic_folder
-from moec.artifact.kernel_check import compare_kernels, emit_kernels
+from moec.artifact.kernel_check import compare_kernels, compile_kernels, emit_kernels
 from moec.artifact.ledger import LedgerEntry
 from moec.artifact.manifest import (
     BuildRecord,
@@ -45,6 +45,8 @@ from moec.artifact.summary import active_parameters, layer_facts, model_size
 from moec.artifact.verification import require_rows, tolerance_of, verification_batch, verify_model
 from moec.codegen.onnx.emit import OnnxReport
 from moec.codegen.onnx.targets import parse_target
+from moec.codegen.triton.architectures import Architecture, parse_architectures
+from moec.codegen.triton.running import require_triton
 from moec.dialects.builtin import ModuleOp
 from moec.errors import UsageError
 from moec.frontend.huggingface import load_huggingface
@@ -104,6 +106,7 @@ def compile_folder(
         raise UsageError(
             "an ONNX artifact has no bfloat16", hint="take float32 or float16, or emit triton or huggingface alone"
         )
+    architectures = _architectures(options)
     with atomic_folder(output, replace=replace) as folder, MemoryWatch() as memory:
         watch = Stopwatch(memory)
 
@@ -161,6 +164,9 @@ def compile_folder(
         if Backend.TRITON in options.emit:
             with step("emit Triton"):
                 emit_kernels(module, folder / TRITON_FOLDER, options.dtype)
+            if architectures:
+                with step("compile kernels"):
+                    compile_kernels(folder / TRITON_FOLDER, architectures)
         rows: list[VerificationRow] = []
         if options.verify:
             batch = verification_batch(module, text=options.text, seed=options.seed)
@@ -210,6 +216,17 @@ def compile_folder(
     return CompileResult(output, module, manifest, measurements, report, outcome, hints)
 
 
+def _architectures(options: CompileOptions) -> tuple[Architecture, ...]:
+    """Those that kernels are compiled for. Raises UsageError for unknown ones, and where there will be no kernels."""
+    if not options.architectures:
+        return ()
+    found = parse_architectures(",".join(options.architectures))
+    if Backend.TRITON not in options.emit:
+        raise UsageError("architectures are named, and no kernels are emitted", hint="add --emit triton")
+    require_triton("compiling kernels for architectures")
+    return found
+
+
 def _copy(module: Module) -> Module:
     """The module as it is now; passes change the original in place."""
     clone = module.op.clone()
@@ -228,6 +245,7 @@ def _manifest(
     emitted: OnnxReport | None,
 ) -> Manifest:
     session = emitted.session if emitted is not None else None
+    versioned = (*_VERSIONED, "triton") if options.architectures else _VERSIONED
     return Manifest(
         source=SourceRecord(
             model_type=module.source.model_type,
@@ -251,9 +269,10 @@ def _manifest(
             recipe=options.recipe_title,
             budget=options.budget,
             calibration=None if options.calibration is None else describe_file(options.calibration),
+            architectures=tuple(item.name for item in _architectures(options)),
             **_checkpoint_record(options),
         ),
-        versions={"moec": moec.__version__, **{name: version(name) for name in _VERSIONED}},
+        versions={"moec": moec.__version__, **{name: version(name) for name in versioned}},
         ledger=tuple(ledger),
         verification=VerificationRecord(
             status="passed" if rows else "skipped",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from moec.artifact.measurements import VerificationRow
 from moec.artifact.options import OutputDType
 from moec.artifact.tokens import TokenBatch, function_inputs
 from moec.artifact.verification import TIE_MARGIN
+from moec.codegen.triton.ahead import Package
+from moec.codegen.triton.architectures import Architecture
 from moec.codegen.triton.beside import block_of
+from moec.codegen.triton.binaries import BINARIES_FOLDER, write_binaries
 from moec.codegen.triton.emit import emit_triton
 from moec.codegen.triton.reading import layers_of
 from moec.codegen.triton.rendering import PACKAGE_NAME
@@ -63,6 +67,14 @@ class _Tap:
 def emit_kernels(module: Module, folder: Path, dtype: OutputDType) -> None:
     """Writes the package of kernels into `folder`. Raises what `emit_triton` raises."""
     emit_triton(module, folder, element=Element(dtype.value))
+
+
+def compile_kernels(folder: Path, architectures: Sequence[Architecture]) -> None:
+    """Adds binaries for GPU architectures beside the package in `folder`.
+
+    Raises ResourceError where one does not fit, UsageError without triton.
+    """
+    write_binaries(Package.open(folder / PACKAGE_NAME), architectures, folder / BINARIES_FOLDER)
 
 
 def compare_kernels(folder: Path, module: Module, batch: TokenBatch, dtype: OutputDType) -> list[VerificationRow]:

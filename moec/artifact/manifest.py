@@ -44,7 +44,7 @@ class BuildRecord(Record):
     """The options that decide the bytes of the artifact. `calibration` is the file that was named for it, if any.
 
     `session_options` are what ONNX Runtime is to be told when it loads the model, `prepacked_bytes` the disk that
-    weights stored in the layout of its kernels take.
+    weights stored in the layout of its kernels take. `architectures` are those whose binaries of kernels are there.
     """
 
     pipeline: str
@@ -64,6 +64,7 @@ class BuildRecord(Record):
     uniform: bool = False
     checkpoint_dtype: str = ""
     shard_bytes: int = 0
+    architectures: tuple[str, ...] = ()
 
 
 class VerificationRecord(Record):

@@ -133,6 +133,9 @@ class CompileOptions:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     """How the Hugging Face checkpoint is written, where there is one."""
 
+    architectures: tuple[str, ...] = ()
+    """GPU architectures whose binaries of the Triton kernels go into the artifact, such as sm90."""
+
     def requested_pipeline(self, model: ModelKind) -> str:
         """The text of the passes that the user asked for, on a model of a kind.
 

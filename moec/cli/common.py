@@ -64,6 +64,10 @@ PluginsOption = Annotated[
 EmitOption = Annotated[
     str, typer.Option("--emit", metavar="onnx,huggingface,triton", help="What to write, separated by commas.")
 ]
+ArchitecturesOption = Annotated[
+    str,
+    typer.Option("--architectures", metavar="sm90,gfx942", help="Triton: put binaries for these into the artifact."),
+]
 UniformOption = Annotated[
     bool,
     typer.Option(

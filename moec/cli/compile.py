@@ -18,6 +18,7 @@ from moec.artifact.options import (
 )
 from moec.cli.common import (
     ActivationsOption,
+    ArchitecturesOption,
     BudgetOption,
     CalibrationOption,
     CheckOption,
@@ -62,6 +63,7 @@ def compile_command(
     uniform: UniformOption = False,
     checkpoint_dtype: CheckpointDTypeOption = CheckpointDType.AUTO,
     shard_size: ShardSizeOption = "5GB",
+    architectures: ArchitecturesOption = "",
     store: StoreOption = None,
     text: Annotated[Path | None, typer.Option(help="Text for checks and verification.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare the artifact with the source before it is kept.")] = True,
@@ -101,6 +103,7 @@ def compile_command(
         others=tuple(others or ()),
         emit=parse_emit(emit),
         checkpoint=checkpoint_options(uniform, checkpoint_dtype, shard_size),
+        architectures=tuple(architectures.split(",")) if architectures else (),
     )
     observers: list[Instrument] = []
     if print_ir_after_all:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,9 +15,6 @@ def kernels(
     architectures: Annotated[
         str, typer.Option("--architectures", metavar="sm90,gfx942", help="Which to compile for; all without it.")
     ] = "",
-    binaries: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Also write cubins and code objects; must not exist.")
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compiles the kernels for GPU architectures: registers, spills, shared memory, instructions, predicted bound."""
@@ -27,7 +23,7 @@ def kernels(
     from moec.artifact.opened import Artifact
     from moec.artifact.options import Backend
     from moec.cli.progress import progress
-    from moec.codegen.triton.ahead import Package, write_binaries
+    from moec.codegen.triton.ahead import Package
     from moec.codegen.triton.architectures import parse_architectures
     from moec.codegen.triton.kernel_report import report_kernels
     from moec.codegen.triton.rendering import PACKAGE_NAME
@@ -39,15 +35,13 @@ def kernels(
     with progress() as show:
         package = Package.open(opened.kernels / PACKAGE_NAME)
         rows = list(report_kernels(package, wanted, show))
-        if binaries is not None:
-            write_binaries(package, wanted, binaries)
     if as_json:
         typer.echo(json.dumps([row.as_json() for row in rows], indent=2))
         return
     lines = [
         (
-            "architecture", "kernel", "rows", "tile", "registers", "spills", "shared", "occupancy", "per weight",
-            "predicted bound", "issue",
+            "architecture", "kernel", "rows", "tile", "from", "registers", "spills", "shared", "occupancy",
+            "per weight", "predicted bound", "issue",
         )
     ]  # fmt: skip
     for row in rows:
@@ -58,6 +52,7 @@ def kernels(
                 f"{row.kind} {row.kernel}".strip(),
                 row.phase,
                 row.tile,
+                row.origin,
                 f"{row.metrics.registers}",
                 f"{row.metrics.spills}",
                 f"{row.metrics.shared_bytes / 1024:.0f} KiB",
@@ -67,9 +62,10 @@ def kernels(
                 "" if prediction is None else f"{prediction.issue:.0%}",
             )
         )
-    typer.echo(table(lines, numbers=frozenset({4, 5, 6, 7, 8, 10})))
+    typer.echo(table(lines, numbers=frozenset({5, 6, 7, 8, 9, 11})))
     typer.echo()
     typer.echo(
         "Compiled, not run: `per weight` counts instructions of a thread in the loop of the binary, and `issue` is the "
-        "time to issue them over that of memory and products at the data sheet's speed."
+        "time to issue them over that of memory and products at the data sheet's speed. Tiles are from the shipped "
+        "table of the architecture, or by rule where it does not list the shape."
     )
