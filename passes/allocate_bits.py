@@ -15,12 +15,12 @@ from moec.errors import UsageError
 from moec.experts import FeedForward, MoeLayer, UnreadableExpertError, find_moe_layers, find_unreadable, load_expert
 from moec.ir import Operation
 from moec.passes.bit_allocation.bands import bands_by_energy
-from moec.passes.bit_allocation.costs import LayerCosts, Objective, plannable
+from moec.passes.bit_allocation.costs import LayerCosts, Objective
 from moec.passes.bit_allocation.measured import MeasuredPlans
 from moec.passes.bit_allocation.measured import Unit as MeasuredUnit
 from moec.passes.bit_allocation.orders import Sensitivities, longest_prefix
 from moec.passes.bit_allocation.solvers import Solver, Table, solve
-from moec.passes.factoring.sides import Side, dense_matrix, sides_of
+from moec.passes.factoring.sides import Side, dense_matrix, has_dense_matrices, sides_of
 from moec.passes.neuron_pruning.scores import Criterion, NeuronScorer
 from moec.passes.quantizing.choices import FormatOptions
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
@@ -160,7 +160,7 @@ class AllocateBits(Pass):
             except UnreadableExpertError as error:
                 context.refuse(layer.experts, error.message, self.pass_name)
                 continue
-            if not isinstance(expert, FeedForward) or not plannable(expert):
+            if not isinstance(expert, FeedForward) or not has_dense_matrices(expert):
                 context.refuse(layer.experts, f"stored expert {number} has other than dense matrices", self.pass_name)
                 continue
             sides = sides_of(expert)

@@ -28,7 +28,7 @@ from moec.experts import (
 from moec.ir import Operation
 from moec.passes.delta_coding.fit import Coded, fit_signs
 from moec.passes.delta_coding.signs import packed_signs
-from moec.passes.factoring.sides import Side, dense_matrix, projection, sides_of, with_matrices
+from moec.passes.factoring.sides import Side, dense_matrix, has_dense_matrices, projection, sides_of, with_matrices
 from moec.passes.quantizing.choices import FormatOptions
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 from moec.quantization.rounding import round_matrix
@@ -141,7 +141,7 @@ class SparsifyDelta(Pass):
             except UnreadableExpertError as error:
                 context.refuse(layer.experts, error.message, self.pass_name)
                 continue
-            if not isinstance(expert, FeedForward) or not _is_dense(expert):
+            if not isinstance(expert, FeedForward) or not has_dense_matrices(expert):
                 context.refuse(layer.experts, f"stored expert {number} has other than dense matrices", self.pass_name)
                 continue
             shapes = tuple(None if (item := projection(expert, side)) is None else item.matrix.shape for side in Side)
@@ -217,11 +217,6 @@ def _offset(expert: FeedForward, side: Side) -> Offset:
     found = projection(expert, side)
     assert found is not None and isinstance(found.matrix, Offset)
     return found.matrix
-
-
-def _is_dense(expert: FeedForward) -> bool:
-    found = (projection(expert, side) for side in Side)
-    return all(item is None or isinstance(item.matrix, Dense) for item in found)
 
 
 def _bytes(base: Dense | Quantized) -> int:

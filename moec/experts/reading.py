@@ -14,12 +14,10 @@ import torch
 
 from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import ConstantOp, WeightOp
-from moec.dialects.moe import YieldOp
-from moec.dialects.nn import TOKENS
 from moec.dialects.quant import DequantOp
 from moec.errors import UnsupportedModelError
+from moec.experts.activation import columns_of, read_activation
 from moec.experts.expert import (
-    WIDTH,
     Activation,
     Affine,
     Banded,
@@ -33,25 +31,16 @@ from moec.experts.expert import (
     Projection,
     Quantized,
     kernel_frame,
-    operation_key,
 )
 from moec.experts.layer import MoeLayer
 from moec.experts.origin import Given, loaded_from
-from moec.ir import Block, DimExpr, Operation, TensorType, Value
+from moec.ir import Block, Operation, Value
 from moec.quantization.packed import OPERANDS, Packed
 from moec.reference.kernels import prepare
 from moec.weights.context import WeightContext
 
 _PRODUCTS = frozenset({"aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default"})
 _COLUMNS = frozenset({"aten.slice.Tensor", "aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default"})
-# a value that goes into one of these is the gate of a gated expert
-_NONLINEAR = frozenset(
-    f"aten.{name}.default"
-    for name in (
-        "silu", "gelu", "sigmoid", "relu", "tanh", "softplus", "elu", "leaky_relu", "hardswish", "hardsigmoid", "mish",
-        "square", "exp", "selu", "celu", "erf",
-    )
-) | {"aten.pow.Tensor_Scalar"}  # fmt: skip
 
 
 class UnreadableExpertError(UnsupportedModelError):
@@ -306,10 +295,10 @@ class _Reader:
         if cuts[0] is None or cuts[1] is None or cuts[0].operands[0] is not cuts[1].operands[0]:
             return None
         source = cuts[0].operands[0]
-        border = _columns_of(first)
+        border = columns_of(first)
         spans = [(cut.argument("dim"), cut.argument("start") or 0, cut.argument("step")) for cut in cuts if cut]
         whole = [(1, 0, 1), (1, border, 1)]
-        sizes = (border, _columns_of(second), _columns_of(source))
+        sizes = (border, columns_of(second), columns_of(source))
         if spans != whole or not all(isinstance(size, int) for size in sizes):
             return None
         return source if sizes[0] + sizes[1] == sizes[2] else None  # type: ignore[operator]
@@ -328,14 +317,10 @@ class _Reader:
         self._collect(hidden, ops, leaves)
         if not 1 <= len(leaves) <= 2:
             raise self._refusal(f"its activation combines {len(leaves)} projections")
-        width = _columns_of(hidden)
-        values = list(leaves)
-        if any(_columns_of(value) != width for value in values):
-            raise self._refusal("its activation changes the number of columns")
-        if len(values) == 2 and self._is_gate(values[1]) and not self._is_gate(values[0]):
-            values.reverse()
-        ordered = [op for op in self._block if op in ops]
-        activation = self._template(ordered, values, hidden, width)
+        try:
+            activation, values = read_activation(hidden, [op for op in self._block if op in ops], list(leaves))
+        except ValueError as error:
+            raise self._refusal(str(error)) from None
         gate = leaves[values[0]] if len(values) == 2 else None
         return activation, gate, leaves[values[-1]]
 
@@ -357,38 +342,6 @@ class _Reader:
             self._collect(operand, ops, leaves)
         ops[op] = None
 
-    def _is_gate(self, leaf: Value) -> bool:
-        """Whether a value meets a nonlinear function before it meets another value."""
-        frontier = [leaf]
-        while frontier:
-            for user in frontier.pop().users:
-                if user.name in _NONLINEAR:
-                    return True
-                if sum(not _is_number(value) for value in user.operands) == 1:
-                    frontier.extend(user.results)
-        return False
-
-    def _template(self, ops: list[Operation], leaves: list[Value], hidden: Value, width: object) -> Activation:
-        dtype = _tensor(hidden).dtype
-        block = Block([TensorType((TOKENS, WIDTH), dtype)] * len(leaves))
-        mapping: dict[Value, Value] = dict(zip(leaves, block.arguments, strict=True))
-        names: dict[Value, int] = {leaf: number for number, leaf in enumerate(leaves)}
-        key: list[object] = []
-        for op in ops:
-            if any(isinstance(value, tuple | DimExpr) for name, value in op.attributes.items() if name != _LAYOUT):
-                raise self._refusal(f"{op.name} in its activation names sizes")
-            key.append(operation_key(op, names))
-            copy = op.clone(mapping)
-            for result in copy.results:
-                kind = _tensor(result)
-                if kind.shape == (TOKENS, width):
-                    result.type = TensorType((TOKENS, WIDTH), kind.dtype)
-                elif not isinstance(op, ConstantOp) or kind.rank:
-                    raise self._refusal(f"{op.name} in its activation is not elementwise")
-            block.append(copy)
-        block.append(YieldOp([mapping[hidden]], result_types=[]))
-        return Activation(len(leaves) == 2, (*key, names[hidden]), block)
-
     def _refusal(self, reason: str) -> UnreadableExpertError:
         return UnreadableExpertError(
             f"the experts of this layer cannot be taken apart: {reason}",
@@ -397,7 +350,6 @@ class _Reader:
         )
 
 
-_LAYOUT = "operand_layout"
 _LINEAR = "aten.linear.default"
 
 
@@ -416,16 +368,3 @@ def _tensors(projection: Projection) -> list[torch.Tensor]:
     if isinstance(matrix, LowRank) and matrix.base is not None:
         found.append(matrix.base)
     return found if projection.bias is None else [*found, projection.bias]
-
-
-def _tensor(value: Value) -> TensorType:
-    assert isinstance(value.type, TensorType)
-    return value.type
-
-
-def _columns_of(value: Value) -> object:
-    return _tensor(value).shape[-1]
-
-
-def _is_number(value: Value) -> bool:
-    return isinstance(value.defining_op, ConstantOp)

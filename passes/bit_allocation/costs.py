@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 
 from moec.calibration.sample import LayerSample
-from moec.experts import Dense, Expert, FeedForward, Matrix, MoeLayer, Projection, Quantized
+from moec.experts import Dense, FeedForward, Matrix, MoeLayer, Projection, Quantized
 from moec.passes.factoring.sides import Side, dense_matrix, projection, sides_of, with_matrices
 from moec.quantization.rounding import Target, round_matrix
 
@@ -101,13 +101,6 @@ class LayerCosts:
             wrong += float((matrix.dense() - weight).double().square().sum())
             total += float(weight.double().square().sum())
         return wrong / max(total, torch.finfo(torch.float64).tiny)
-
-
-def plannable(expert: Expert) -> bool:
-    """Whether the expert has nothing but dense matrices."""
-    if not isinstance(expert, FeedForward):
-        return False
-    return all(isinstance(item.matrix, Dense) for item in _projections(expert))
 
 
 def _projections(expert: FeedForward) -> Iterator[Projection]:

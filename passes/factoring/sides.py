@@ -41,6 +41,12 @@ def sides_of(expert: FeedForward) -> list[Side]:
     return [side for side in Side if projection(expert, side) is not None]
 
 
+def has_dense_matrices(expert: FeedForward) -> bool:
+    """Whether no matrix is factored, packed or banded."""
+    found = (projection(expert, side) for side in Side)
+    return all(item is None or isinstance(item.matrix, Dense) for item in found)
+
+
 def dense_matrix(expert: FeedForward, side: Side) -> torch.Tensor:
     """A matrix [out, in] multiplied out; the side must be there."""
     found = projection(expert, side)
