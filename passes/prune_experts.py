@@ -107,11 +107,13 @@ class PruneExperts(Pass):
     def _choose_in(self, layer: MoeLayer, calibration: Calibration, seed: int) -> frozenset[int]:
         count = layer.expert_count
         keep = min(self.keep, count) if self.keep else count - round(self.ratio * count)
-        if keep < self._least(layer):
+        least = self._least(layer)
+        if keep < least:
             raise UsageError(
-                f"{keep} experts would be left, but {self._least(layer)} are protected or needed",
+                f"{keep} of {count} experts would be left, but a token chooses {layer.top_k}, and "
+                f"{len(layer.protected)} are protected",
                 where=layer.name,
-                hint="drop fewer",
+                hint=f"keep at least {least}",
             )
         if keep == count:
             return frozenset(range(count))

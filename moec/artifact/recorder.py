@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from moec.errors import VerificationError
 from moec.module import Module
 from moec.pipeline.base import Claim
 from moec.pipeline.instruments import Instrument, PassExecution, fingerprint
+from moec.weights.finiteness import require_finite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,6 +101,8 @@ class LedgerRecorder(Instrument):
             return CheckOutcome.MEASURED, tuple(map(_layer_error, changes))
         for change in changes:
             if change.router_differences or not change.error <= EXACT_BOUND:
+                if not math.isfinite(change.error):
+                    require_finite(self._module.weights, self._before.walk(), where=change.layer)
                 raise _too_much(execution, change)
         return CheckOutcome.WITHIN_BOUND, ()
 

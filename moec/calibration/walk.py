@@ -15,14 +15,14 @@ from moec.calibration.gradients import Snapshot, walk_back
 from moec.calibration.observation import BatchPlace, DenseGathering, LayerGathering, LayerRows, gather
 from moec.calibration.sample import spread_rows
 from moec.calibration.statistics import LayerStatistics
-from moec.dialects.builtin import WeightOp
-from moec.errors import MoecError, UnsafeInputError, VerificationError
+from moec.errors import MoecError, VerificationError
 from moec.experts.dense import DenseLayer
 from moec.experts.heads import AttentionHeads
 from moec.experts.layer import MoeLayer
-from moec.ir import Operation, TensorType
+from moec.ir import Operation
 from moec.reference.executor import Execution, Executor
 from moec.reference.layers import AFTER_LAYERS, BEFORE_LAYERS, Segment, layer_segments
+from moec.weights.finiteness import require_finite
 
 if TYPE_CHECKING:
     from moec.module import Module
@@ -162,15 +162,8 @@ def _require_numbers(module: Module, segment: Segment, found: LayerGathering | D
     sums_are_finite = isinstance(found, DenseGathering) or found.sums.is_finite()
     if bool(sums_are_finite and found.rows.y.isfinite().all()):
         return
-    for op in {value.defining_op: None for step in segment.steps for value in step.op.operands}:
-        if isinstance(op, WeightOp) and isinstance(op.value.type, TensorType) and op.value.type.dtype.is_float:
-            for chunk in module.weights.chunks(op.source):
-                if not bool(chunk.float().isfinite().all()):
-                    raise UnsafeInputError(
-                        f"the weight {op.weight_name} holds values that are no finite numbers",
-                        where=found.layer.name,
-                        hint="the checkpoint is broken; download or save it again",
-                    )
+    read = {value.defining_op: None for step in segment.steps for value in step.op.operands}
+    require_finite(module.weights, read, where=found.layer.name)
     raise _overflow(found.layer)
 
 

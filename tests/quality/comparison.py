@@ -27,13 +27,13 @@ class Outcome:
         return self.measured.expert_share <= keep + _TOLERANCE
 
 
-def measure_recipe(name: str, recipe: Recipe, keep: float, *, other: bool = False) -> Outcome:
-    """Runs a recipe on a fixture that is calibrated with gradients; `other` asks for the other text's loss, else 0.
+def measure_recipe(name: str, recipe: Recipe, keep: float, *, seed: int = 0, other: bool = False) -> Outcome:
+    """Runs a recipe on a fixture that is calibrated with gradients on the windows of `seed`.
 
-    Raises MoecError as the passes do.
+    `other` asks for the other text's loss, else 0. Raises MoecError as the passes do.
     """
-    module = harness.calibrated(name, gradients=True)
-    moec.run_passes(module, recipe.pipeline(keep))
+    module = harness.calibrated(name, seed, gradients=True)
+    moec.run_passes(module, recipe.pipeline(keep), seed=seed)
     return Outcome(recipe, harness.measure(name, module), harness.other_increase(name, module) if other else 0.0)
 
 

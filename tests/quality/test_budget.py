@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.quality.comparison import best_single_family, measure_recipe
-from tests.quality.harness import paired_interval
+from tests.quality.harness import SEEDS, paired_interval
 from tests.quality.random_plans import predict_and_measure
 from tests.quality.recipes import BUDGET, single_families
 
@@ -26,16 +26,18 @@ RIVALS = (
 
 
 @pytest.mark.parametrize("keep", [0.75, 0.5, 0.25])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_budget_is_not_worse_than_the_best_family(name: str, keep: float) -> None:
-    found = measure_recipe(name, BUDGET, keep)
+def test_the_budget_is_not_worse_than_the_best_family(name: str, seed: int, keep: float) -> None:
+    found = measure_recipe(name, BUDGET, keep, seed=seed)
     assert found.fits(keep)
-    rivals = [measure_recipe(name, recipe, keep) for recipe in single_families() if recipe.name in RIVALS]
+    rivals = [measure_recipe(name, recipe, keep, seed=seed) for recipe in single_families() if recipe.name in RIVALS]
     assert len(rivals) == len(RIVALS)
     best = best_single_family(rivals, keep)
     _, upper = paired_interval(found.measured, best.measured)
     increase = found.measured.increase
-    print(f"{name} {keep:.0%}: {increase:+.4f}, {best.recipe.name} {best.measured.increase:+.4f}, upper {upper:+.4f}")
+    rival = f"{best.recipe.name} {best.measured.increase:+.4f}"
+    print(f"{name}, seed {seed}, {keep:.0%}: {increase:+.4f}, {rival}, upper {upper:+.4f}")
     assert upper <= TOLERANCE
 
 
