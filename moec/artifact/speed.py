@@ -11,25 +11,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from moec.artifact.machine_limits import MachineLimits, measure_limits
 from moec.artifact.measurements import SpeedRow
 from moec.artifact.opened import Artifact
-from moec.artifact.options import OutputDType
+from moec.artifact.options import Backend, OutputDType
 from moec.artifact.report import Report, read_report, write_report
-from moec.artifact.runtime import OnnxModel
+from moec.artifact.speed_subjects import (
+    ARTIFACT,
+    OnnxSubject,
+    Subject,
+    Tokens,
+    kernel_subjects,
+    transformers_subjects,
+)
+from moec.codegen.triton.rendering import PACKAGE_NAME
+from moec.codegen.triton.spec import Element
 from moec.errors import UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Tokens = NDArray[np.int64]
-ARTIFACT = "artifact (ONNX Runtime)"
 
 
 @dataclass(frozen=True)
@@ -43,60 +45,6 @@ class BenchSettings:
     seed: int = 0
 
 
-class Subject(Protocol):
-    """Something that reads a prompt and then decodes given tokens one by one."""
-
-    name: str
-
-    def prefill(self, prompt: Tokens) -> None:
-        """Feeds `prompt` [1, n] and keeps the cache."""
-
-    def decode(self, token: Tokens) -> None:
-        """Feeds one more token [1, 1]."""
-
-
-class OnnxSubject:
-    """An exported decoder in ONNX Runtime. One without a cache is fed the whole sequence again for each token."""
-
-    def __init__(self, name: str, path: Path, threads: int) -> None:
-        self.name = name
-        self._model = OnnxModel(path, threads=threads)
-        if not self._model.is_decoder:
-            raise UsageError("only decoders can be measured", where=str(path))
-        self._cache: dict[str, Any] = {}
-        self._seen = np.zeros((1, 0), np.int64)
-
-    def prefill(self, prompt: Tokens) -> None:
-        self._seen = prompt
-        _, self._cache = self._model.step(prompt, np.ones_like(prompt), self._model.empty_cache(1))
-
-    def decode(self, token: Tokens) -> None:
-        self._seen = np.concatenate([self._seen, token], axis=1)
-        fed = token if self._model.has_cache else self._seen
-        _, self._cache = self._model.step(fed, np.ones_like(self._seen), self._cache)
-
-
-class TransformersSubject:
-    """The source in transformers, with one of its implementations of experts."""
-
-    def __init__(self, model: PreTrainedModel, experts: str) -> None:
-        self.name = f"transformers ({experts})" if experts else "transformers"
-        self._model: Any = model
-        self._experts = experts
-        self._past: Any = None
-
-    def prefill(self, prompt: Tokens) -> None:
-        if self._experts:
-            self._model.set_experts_implementation(self._experts)
-        self._past = None
-        self.decode(prompt)
-
-    def decode(self, token: Tokens) -> None:
-        with torch.no_grad():
-            output = self._model(input_ids=torch.from_numpy(token), past_key_values=self._past, use_cache=True)
-        self._past = output.past_key_values
-
-
 def bench_folder(
     folder: Path,
     settings: BenchSettings,
@@ -107,23 +55,46 @@ def bench_folder(
 ) -> list[SpeedRow]:
     """Measures the artifact in `folder`, unless `alone` its source in transformers, and other exports `beside` it.
 
-    The rows also go into the artifact's report. Raises UsageError for an encoder, or if the source is not there.
+    Its kernels are measured where there is a GPU, in the source and beside torch's grouped_mm. Rows also go into the
+    artifact's report. Raises UsageError for an encoder, without anything to measure, or if the source is not there.
     """
     artifact = Artifact.open(folder)
     report = read_report(folder)
-    subjects: list[Subject] = [OnnxSubject(ARTIFACT, artifact.onnx, settings.threads)]
-    names = export_names(beside)
-    subjects += [OnnxSubject(name, path, settings.threads) for name, path in zip(names, beside, strict=True)]
-    if not alone:
-        subjects += _transformers_subjects(
-            artifact.source_folder(against), any(layer.classes for layer in report.layers)
+    config = _config(artifact, against)
+    longest = int(config.get("max_position_embeddings") or 1 << 20)
+    settings = replace(settings, prefill=min(settings.prefill, longest - settings.decode))
+    vocabulary = int(config["vocab_size"])
+    device = kernel_device() if artifact.has(Backend.TRITON) else ""
+    if not artifact.has(Backend.ONNX) and not device:
+        raise UsageError(
+            "the artifact has nothing that can be measured here: kernels are measured on a GPU, and there is none",
+            where=str(folder),
+            hint="compile it with --emit onnx too",
         )
-    settings = replace(settings, prefill=min(settings.prefill, _longest(artifact) - settings.decode))
-    limits = measure_limits(_active_bytes(report), settings.threads)
     torch.set_num_threads(settings.threads)
-    rows = _rows(_measure(subjects, settings, _vocabulary(artifact)), settings, report, limits)
+    rows: list[SpeedRow] = []
+    if artifact.has(Backend.ONNX):
+        subjects: list[Subject] = [OnnxSubject(ARTIFACT, artifact.onnx, settings.threads)]
+        names = export_names(beside)
+        subjects += [OnnxSubject(name, path, settings.threads) for name, path in zip(names, beside, strict=True)]
+        if not alone:
+            has_experts = any(layer.classes for layer in report.layers)
+            subjects += transformers_subjects(artifact.source_folder(against), has_experts)
+        limits = measure_limits(_active_bytes(report), settings.threads)
+        found = _measure(subjects, settings, vocabulary)
+        rows += _rows(found, settings, f"{settings.threads} thread(s)", report, limits)
+    if device:
+        package = artifact.kernels / PACKAGE_NAME
+        element = Element(artifact.manifest.build.dtype).torch
+        subjects = kernel_subjects(artifact.source_folder(against), package, element, device)
+        rows += _rows(_measure(subjects, settings, vocabulary), settings, f"{element} on {device}", report)
     write_report(folder, report.model_copy(update={"speeds": tuple(rows)}))
     return rows
+
+
+def kernel_device() -> str:
+    """Where kernels are measured: empty without a GPU, as the interpreter's time says nothing."""
+    return "cuda" if torch.cuda.is_available() else ""
 
 
 def export_names(paths: Sequence[Path]) -> list[str]:
@@ -155,41 +126,33 @@ def _measure(subjects: Sequence[Subject], settings: BenchSettings, vocabulary: i
 
 
 def _rows(
-    seconds: dict[str, tuple[float, float]], settings: BenchSettings, report: Report, limits: MachineLimits
+    seconds: dict[str, tuple[float, float]],
+    settings: BenchSettings,
+    place: str,
+    report: Report,
+    limits: MachineLimits | None = None,
 ) -> list[SpeedRow]:
+    """`limits` are those of the machine that the exported model runs on."""
     rows = []
     for name, (prefill, decode) in seconds.items():
-        ours = name == ARTIFACT
+        bounds = limits if name == ARTIFACT else None
         rows.append(
             SpeedRow(
-                task=f"prefill, {settings.prefill} tokens, {settings.threads} thread(s)",
+                task=f"prefill, {settings.prefill} tokens, {place}",
                 subject=name,
                 tokens_per_second=settings.prefill / prefill,
-                bound_tokens_per_second=limits.flops / report.active_flops if ours else None,
+                bound_tokens_per_second=bounds.flops / report.active_flops if bounds else None,
             )
         )
         rows.append(
             SpeedRow(
-                task=f"decode, one sequence, {settings.threads} thread(s)",
+                task=f"decode, one sequence, {place}",
                 subject=name,
                 tokens_per_second=1 / decode,
-                bound_tokens_per_second=limits.bandwidth / _active_bytes(report) if ours else None,
+                bound_tokens_per_second=bounds.bandwidth / _active_bytes(report) if bounds else None,
             )
         )
     return sorted(rows, key=lambda row: row.task, reverse=True)
-
-
-def _transformers_subjects(source: Path, has_experts: bool) -> list[Subject]:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    ).eval()
-    if not has_experts:
-        return [TransformersSubject(model, "")]
-    return [TransformersSubject(model, "eager"), TransformersSubject(model, "grouped_mm")]
 
 
 def _active_bytes(report: Report) -> int:
@@ -197,18 +160,11 @@ def _active_bytes(report: Report) -> int:
     return max(report.active_flops // 2 * OutputDType(report.dtype).itemsize, 1)
 
 
-def _longest(artifact: Artifact) -> int:
-    return int(_config(artifact).get("max_position_embeddings") or 1 << 20)
-
-
-def _vocabulary(artifact: Artifact) -> int:
-    return int(_config(artifact)["vocab_size"])
-
-
-def _config(artifact: Artifact) -> dict[str, Any]:
+def _config(artifact: Artifact, against: Path | None) -> dict[str, Any]:
     from moec.frontend.model_config import read_config
 
-    return read_config(artifact.onnx.parent)
+    exported = artifact.has(Backend.ONNX)
+    return read_config(artifact.onnx.parent if exported else artifact.source_folder(against))
 
 
 def _seconds(work: Callable[[Tokens], None], tokens: Tokens) -> float:

@@ -25,8 +25,13 @@ def bench(
     against: Annotated[Path | None, typer.Option(metavar="SOURCE", help="The source, if it has moved.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measures prefill and decode speed beside transformers, memory bandwidth and matrix product speed."""
-    from moec.artifact.speed import BenchSettings, bench_folder
+    """Measures prefill and decode speed beside transformers, memory bandwidth and matrix product speed.
+
+    Kernels (--emit triton) are measured where there is a GPU, in the source beside torch's grouped_mm.
+    """
+    from moec.artifact.opened import Artifact
+    from moec.artifact.options import Backend
+    from moec.artifact.speed import BenchSettings, bench_folder, kernel_device
     from moec.cli.progress import progress
 
     settings = BenchSettings(prefill, decode, rounds, threads, seed)
@@ -42,3 +47,5 @@ def bench(
         share = f"{row.tokens_per_second / bound:.0%}" if bound else ""
         lines.append((row.task, row.subject, f"{row.tokens_per_second:,.0f}", f"{bound:,.0f}" if bound else "", share))
     typer.echo(table(lines, numbers=frozenset({2, 3, 4})))
+    if Artifact.open(artifact).has(Backend.TRITON) and not kernel_device():
+        typer.echo("the kernels were not measured: there is no GPU")
