@@ -50,18 +50,21 @@ class Target(Enum):
 class Tune(Pass):
     """Trains routers, or experts too, on text for some steps, and the source model as long for comparison.
 
-    1. Windows of the calibration text are learned from, one of eight is held out. The weights with the least held-out
-       loss count, those from before included, so nothing gets worse there.
+    1. Windows of the calibration text are learned from; the last eighth of each text is held out. The weights with the
+       least held-out loss of the next token count, those from before included, so nothing gets worse there.
     2. Gates that are one have no derivative; while it trains they are p / p for the router's softmax scores p, where
        the divisor counts as a constant. `balance` adds the Switch loss of every layer.
-    3. The source, read again from its folder, has as many steps on the same windows in the same order, on its own
-       feed-forward blocks and experts (`train=routed`), on all weights, or on nothing where only routers are trained.
-       A gain counts against that: statistics and a remark give all four losses, and the share of the gap to the tuned
-       source that was closed.
-    4. All weights that are trained, and three times as much for the steps, are in memory in float32.
+    3. `target=source` learns the source's distribution, which brings back what choosing experts cost and little else.
+       `target=text` learns the next token: it may forget what the text does not have, and fewer than some hundred
+       thousand tokens make a small model worse on other passages. It is for experts that are to differ from the
+       source, as copies and several models.
+    4. The source, read again from its folder, has as many steps on the same windows in the same order, on its own
+       feed-forward blocks and experts (`train=routed`), on all weights, or on nothing where only routers are trained,
+       or where it would learn from itself. A gain counts against that: statistics and a remark give all four losses,
+       and the share of the gap to the tuned source that was closed.
+    5. All weights that are trained, and three times as much for the steps, are in memory in float32.
 
-    Only decoders are trained, on the next token or on the source's distribution (`target=source`). `train=all` may cost
-    a large model more memory than it has; `router` needs little.
+    Only decoders are trained. `train=all` may cost a large model more memory than it has; `router` needs little.
     """
 
     claim: ClassVar[Claim] = Claim.LOSSY
@@ -72,7 +75,7 @@ class Tune(Pass):
     source_before = Statistic("held-out loss of the source before, in millionths of a nat per token")
     source_after = Statistic("held-out loss of the source after as many steps, in millionths of a nat per token")
     train: Trained = option("which weights", Trained.ROUTED)
-    target: Target = option("what is learned from", Target.TEXT)
+    target: Target = option("what is learned from", Target.SOURCE)
     steps: int = option("gradient steps", 120)
     batch: int = option("windows in one step", 16)
     rate: float = option("step size of Adam; it falls linearly to a tenth", 1e-3)
@@ -100,6 +103,8 @@ class Tune(Pass):
                 hint="the source is tuned beside it, and read again for that",
             )
         assert isinstance(op, ModuleOp)
+        if module.others and self.target is Target.SOURCE:
+            raise UsageError("several models have no one distribution to learn", hint="tune them with target=text")
         layers = find_moe_layers(op)
         if not layers:
             raise UsageError("the model has no experts to tune", hint="put factorize or upcycle in front")
@@ -112,8 +117,8 @@ class Tune(Pass):
         teacher = teacher_of(source.op, source.weights) if self.target is Target.SOURCE else None
         names = self._names(op)
         found = train(op, module.weights, names, windows, held_out, schedule, teacher)
-        # the source has nothing to learn from itself, so it learns from the text whatever the target is
-        control = train(source.op, source.weights, self._names(source.op), windows, held_out, schedule, None)
+        compared = self._names(source.op) if teacher is None else []
+        control = train(source.op, source.weights, compared, windows, held_out, schedule, None)
         for weight in [item for item in op.walk() if isinstance(item, WeightOp) and item.weight_name in found.weights]:
             kind = weight.value.type
             assert isinstance(kind, TensorType)
@@ -155,15 +160,22 @@ class Tune(Pass):
             length=self.length,
             seed=context.seed,
         )
-        whole = [window for window in data.sequences if len(window) == self.length]
-        if len(whole) < 2 * _HELD_OUT_SHARE:
+        windows: list[NDArray[np.int64]] = []
+        held_out: list[NDArray[np.int64]] = []
+        for domain in range(len(data.domains)):
+            pairs = zip(data.sequences, data.domain, strict=True)
+            whole = [window for window, of in pairs if of == domain and len(window) == self.length]
+            end = len(whole) - len(whole) // _HELD_OUT_SHARE
+            windows += whole[:end]
+            held_out += whole[end:]
+        count = len(windows) + len(held_out)
+        if count < 2 * _HELD_OUT_SHARE or not held_out:
             raise UsageError(
-                f"the text has {len(whole)} windows of {self.length} tokens to tune on",
+                f"the text has {count} windows of {self.length} tokens to tune on",
                 where=data.name,
                 hint=f"give a text of {2 * _HELD_OUT_SHARE * self.length} tokens or more",
             )
-        held_out = whole[::_HELD_OUT_SHARE]
-        return [window for number, window in enumerate(whole) if number % _HELD_OUT_SHARE], held_out
+        return windows, held_out
 
     def _report(self, op: ModuleOp, found: Outcome, control: Outcome, context: PassContext) -> None:
         context.count(self.changed, len(found.weights))

@@ -140,3 +140,8 @@ def test_weights_that_a_pass_computed_have_no_counterpart(different: Module) -> 
         moec.run_passes(module, "upcycle{sources=all rest=average}")
     with pytest.raises(UsageError, match="4 experts cannot be chosen among 3"):
         upcycled(different, "sources=all k=4")
+
+
+def test_several_models_are_no_one_source_to_learn_from(equal: Module) -> None:
+    with pytest.raises(UsageError, match=r"several models have no one distribution to learn(?s:.)*target=text"):
+        changed(equal, "tune")

@@ -33,7 +33,7 @@ PIPELINES = {
     "btx, router by text": (
         f"{_JOIN},calibrate{{text={_TEXTS} sequences=120 length=64}},init-router{{kind=domain-embedding}}"
     ),
-    "btx, routers tuned": (f"{_JOIN},tune{{train=router text={_TEXTS} steps=60 sequences=960 rate=0.01}}"),
+    "btx, routers tuned": (f"{_JOIN},tune{{train=router target=text text={_TEXTS} steps=60 sequences=960 rate=0.01}}"),
 }
 """What becomes of the three fine-tunes together."""
 
