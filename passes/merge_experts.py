@@ -54,10 +54,10 @@ class MergeExperts(Pass):
     """Lets groups of experts of a layer share one expert: their mean, or the one that stands for the group best.
 
     1. `grouping`: by cosines of router logits (M-SMoE), mean outputs over all tokens (HC-SMoE), weights, spectral
-       clusters of router logits (UNCURL), choice for the same tokens, or `facility`: the experts stay that answer for
-       the others at the least squared error of gated outputs, solved exactly. With `refit-down` after it `facility`
-       was the best way to fewer experts in our measurements: with `keep-dominant` where few go, otherwise with
-       `align=activation weights=saliency select=global`.
+       clusters of router logits (UNCURL), choice for the same tokens, `random` ones to compare with, or `facility`:
+       the experts stay that answer for the others at the least squared error of gated outputs, solved exactly. With
+       `refit-down` after it `facility` was the best way to fewer experts in our measurements: with `keep-dominant`
+       where few go, otherwise with `align=activation weights=saliency select=global`.
     2. `select=global` lets layers keep different numbers: by share of tokens (M-SMoE), or, for `facility`, by error
        times the energy of the layer's gradient where `calibrate{gradients}` knows it.
     3. Neurons are aligned to the most important member of the group before they are averaged. Experts from one
@@ -106,6 +106,7 @@ class MergeExperts(Pass):
             averages=not self.keep_dominant,
             keeps_rows=self.router is not RouterChange.ALIAS,
             time_limit=self.time_limit,
+            seed=context.seed,
         )
         layers = [layer for layer in find_moe_layers(op) if self._is_possible(layer, context)]
         plan = plan_groups(layers, calibration, weights, request)

@@ -20,6 +20,7 @@ class Grouping(Enum):
     SPECTRAL = "spectral"
     CO_ACTIVATION = "co-activation"
     FACILITY = "facility"
+    RANDOM = "random"
 
 
 class Selection(Enum):

@@ -84,6 +84,12 @@ def spectral_groups(affinity: Matrix, count: int, importance: Sequence[float]) -
     return _with_centres([list(np.flatnonzero(labels == label)) for label in range(count)], importance)
 
 
+def random_groups(count: int, importance: Sequence[float], generator: np.random.Generator) -> tuple[int, ...]:
+    """`count` groups by chance, of equal sizes as far as that is possible."""
+    order = generator.permutation(len(importance))
+    return _with_centres([[int(expert) for expert in order[first::count]] for first in range(count)], importance)
+
+
 def _k_means(rows: Matrix, count: int, iterations: int = 100) -> NDArray[np.int64]:
     """Labels 0 .. count - 1, each of them used."""
     chosen = [0]

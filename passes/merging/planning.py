@@ -28,6 +28,7 @@ from moec.passes.merging.grouping import (
     co_activation_distance,
     cosine,
     join_nearest,
+    random_groups,
     router_cosine,
     spectral_groups,
     strongest_of,
@@ -39,7 +40,7 @@ from moec.weights.context import WeightContext
 @dataclass(frozen=True)
 class GroupingRequest:
     """What is wanted of a grouping. `averages` says that members of a group are averaged, so that protected experts
-    stay alone; `keeps_rows` that only the router outputs of centres stay."""
+    stay alone; `keeps_rows` that only the router outputs of centres stay. `seed` is that of random groups."""
 
     keep: float
     grouping: Grouping
@@ -49,6 +50,7 @@ class GroupingRequest:
     averages: bool
     keeps_rows: bool
     time_limit: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ def _clusters(
         return tuple(range(layer.expert_count))
     if request.grouping is Grouping.SPECTRAL:
         groups = spectral_groups(_router_cosine(layer, statistics)[picked], count, values)
+    elif request.grouping is Grouping.RANDOM:
+        groups = random_groups(count, values, np.random.default_rng([request.seed, layer.index]))
     else:
         if request.grouping is Grouping.MEAN_OUTPUT:
             means = calibration.mean_outputs(layer)

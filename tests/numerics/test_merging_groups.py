@@ -15,6 +15,7 @@ from moec.passes.merging import (
     co_activation_distance,
     cosine,
     join_nearest,
+    random_groups,
     router_cosine,
     solve_facility,
     spectral_groups,
@@ -56,6 +57,16 @@ def test_spectral_groups_are_blocks() -> None:
     blocks = np.array([0, 1, 2, 0, 1, 2, 0, 0])
     affinity = np.where(blocks[:, None] == blocks[None], 0.9, 0.05)
     assert spectral_groups(affinity, 3, [1, 1, 1, 2, 1, 2, 1, 1]) == (3, 1, 5, 3, 1, 5, 3, 3)
+
+
+def test_random_groups_are_of_equal_size_and_follow_the_generator() -> None:
+    importance = [1.0, 5.0, 2.0, 5.0, 3.0, 4.0, 0.0]
+    found = {seed: random_groups(3, importance, np.random.default_rng(seed)) for seed in (0, 1)}
+    assert found[0] == random_groups(3, importance, np.random.default_rng(0)) != found[1]
+    for groups in found.values():
+        assert sorted(groups.count(centre) for centre in set(groups)) == [2, 2, 3]
+        for expert, centre in enumerate(groups):
+            assert groups[centre] == centre and importance[centre] >= importance[expert]
 
 
 def test_router_cosine_is_that_of_the_columns_of_the_logits() -> None:

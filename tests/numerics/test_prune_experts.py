@@ -137,7 +137,7 @@ def test_protected_experts_stay_at_any_ratio(mixtral: Module) -> None:
     for number, expected in zip(sorted(after.protected), before, strict=True):
         assert torch.equal(load_expert(after, result.weights, number).apply(torch.ones(1, 64)), expected)
     protect_experts(layers_of(module)[0], range(4))
-    with pytest.raises(UsageError, match="3 of 8 experts would be left.* 5 are protected.*keep at least 5"):
+    with pytest.raises(UsageError, match=r"3 of 8 experts would be left.* 5 are protected.*keep at least 5"):
         protect_experts(layers_of(module)[0], [4, *range(4)])
         pruned(module, "keep=3")
 
@@ -188,7 +188,7 @@ def test_bad_options_are_refused(mixtral: Module, options: str, message: str) ->
 
 
 def test_too_few_experts_and_no_calibration_are_refused(mixtral: Module) -> None:
-    with pytest.raises(UsageError, match="1 of 8 experts would be left, but a token chooses 2.*keep at least 2"):
+    with pytest.raises(UsageError, match=r"1 of 8 experts would be left, but a token chooses 2.*keep at least 2"):
         pruned(mixtral, "keep=1")
     with pytest.raises(UsageError, match="calibrate"):
         module = copy_of(mixtral)

@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 
 import moec
 from tests.quality import harness
-from tests.quality.harness import increases
+from tests.quality.harness import increases, shown
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quality-merge")]
 
 MODELS = ("scratch", "upcycled")
 KEPT = (12, 8, 4)
 NAIVE = "weights=uniform align=none"
+UNCURL = "align=activation router=keep-row"
 
 
 def merged(name: str, keep: int, options: str = "", *, refit: bool = False) -> NDArray[np.float64]:
@@ -96,6 +97,24 @@ def test_facility_location_and_refitting_are_the_best_at_whole_experts(name: str
     prune = f"prune-experts{{criterion=output-energy keep={keep}}},refit-down"
     rivals = min(increases(name, prune, gradients=True).mean(), merged(name, keep, refit=True).mean())
     assert best < (0.95 if keep == 8 else 1.05) * rivals
+
+
+@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("name", MODELS)
+def test_facility_location_loses_less_than_groups_by_router(name: str, keep: int) -> None:
+    facility = shown(f"{name}, {keep} by facility", merged(name, keep, "grouping=facility keep-dominant"))
+    assert (facility < shown(f"{name}, {keep} by router", merged(name, keep))).all()
+
+
+@pytest.mark.parametrize("keep", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_spectral_groups_are_better_than_random_ones(name: str, keep: int) -> None:
+    """UNCURL, which shrinks the router, against groups by chance with the same alignment, weights and router."""
+    spectral, random = (
+        shown(f"{name}, {keep} by {grouping}", merged(name, keep, f"grouping={grouping} {UNCURL}"))
+        for grouping in ("spectral", "random")
+    )
+    assert spectral.mean() < random.mean()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -67,6 +67,14 @@ def test_heapr_is_better_summed_over_tokens_than_averaged(name: str) -> None:
     assert np.exp(np.log(found).mean()) < 0.97
 
 
+@pytest.mark.parametrize("ratio", _RATIOS)
+@pytest.mark.parametrize("name", _MODELS)
+def test_heapr_is_no_worse_than_energy_over_all_layers(name: str, ratio: float) -> None:
+    heapr = shown(f"{name} {ratio:.0%} heapr", _pruned(name, ratio, "criterion=heapr-sum scope=global"))
+    camera = shown(f"{name} {ratio:.0%} camera", _pruned(name, ratio, "criterion=camera scope=global"))
+    assert heapr.mean() < camera.mean()
+
+
 @pytest.mark.parametrize("name", _MODELS)
 def test_second_order_is_far_better_than_scores_at_two_of_four(name: str) -> None:
     wanda, gate_wanda = _sparse(name, "wanda"), _sparse(name, "gate-wanda")
