@@ -9,12 +9,11 @@ from typing import ClassVar
 import torch
 
 from moec.budget.actions import ActionKind
-from moec.budget.coding import Wanted, codable, coded
+from moec.budget.coding import Coder, codable, coded_inputs
 from moec.budget.offers import constant_output, factored
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, read_plan
-from moec.budget.ridge import refit_ridge
 from moec.budget.shared_base import SharedBase, shared_base
-from moec.budget.tables import DAMPING, wanted_of
+from moec.budget.tables import DAMPING
 from moec.calibration.sample import LayerSample
 from moec.errors import UsageError
 from moec.experts import (
@@ -30,6 +29,7 @@ from moec.experts import (
 from moec.ir import Operation
 from moec.passes.factoring.sides import Basis, Norms
 from moec.passes.neuron_pruning.slicing import slice_neurons
+from moec.passes.quantizing.inputs import ExpertInputs
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
 _NEED_SAMPLE = (ActionKind.FACTOR, ActionKind.DELTA, ActionKind.CONSTANT)
@@ -41,8 +41,8 @@ class ApplyPlan(Pass):
     """Makes experts smaller as the plan of `solve-budget` says, or one that was saved in a file.
 
     Narrowed, packed and factored experts and constants are new tensors; an expert that another one answers for and one
-    that becomes nothing leave only their router outputs. Factors, constants, and codes of a plan with `refit` come from
-    the calibration, so that a plan with such experts needs one.
+    that becomes nothing leave only their router outputs. Factors, constants and codes come from the calibration, so
+    that a plan with such experts needs one.
     """
 
     claim: ClassVar[Claim] = Claim.LOSSY
@@ -82,7 +82,7 @@ def _check(layer: MoeLayer, plan: LayerPlan) -> None:
             0 <= row.size < count and row.size != row.expert and plan.experts[row.size].action.is_stored
         ):
             raise UsageError(f"the plan redirects expert {row.expert} to {row.size}, which goes", where=layer.name)
-        if (kind is ActionKind.QUANTIZE) > bool(row.bits):
+        if (kind is ActionKind.QUANTIZE) > bool(row.bits) or bool(row.bits) != bool(row.down_bits):
             raise UsageError(f"the plan does not say how many bits expert {row.expert} has", where=layer.name)
         if kind is ActionKind.NARROW and not row.neurons:
             raise UsageError(f"the plan leaves expert {row.expert} no neurons", where=layer.name)
@@ -90,15 +90,12 @@ def _check(layer: MoeLayer, plan: LayerPlan) -> None:
 
 def _apply(layer: MoeLayer, plan: LayerPlan, whole: BudgetPlan, context: PassContext) -> None:
     weights = context.require_weights()
-    needs_sample = any(row.action in _NEED_SAMPLE or (row.bits and whole.refit) for row in plan.experts)
+    needs_sample = any(row.action in _NEED_SAMPLE or row.bits for row in plan.experts)
     sample = context.require_calibration().sample(layer) if needs_sample else None
     norms = Norms(layer, sample, Basis.GATE_WHITENED, DAMPING)
     base = None
     if any(row.action is ActionKind.DELTA for row in plan.experts):
         base = shared_base(layer, weights, context.require_calibration().statistics(layer).count)
-    ridge = 0.0
-    if sample is not None and whole.refit and any(row.bits for row in plan.experts):
-        ridge = refit_ridge(layer, sample, context.require_calibration().statistics(layer))
     stored = list(layer.stored)
     new: dict[int, Expert] = {}
     for row in plan.experts:
@@ -109,11 +106,8 @@ def _apply(layer: MoeLayer, plan: LayerPlan, whole: BudgetPlan, context: PassCon
             source = load_expert(layer, weights, row.expert)
             changed = _changed(source, row, layer, sample, norms, base)
             if row.bits:
-                wanted = None
-                if whole.refit:
-                    assert sample is not None
-                    wanted = wanted_of(source, layer, sample, row.expert, ridge)
-                changed = _coded(changed, row, whole.group, wanted, layer)
+                assert sample is not None
+                changed = _coded(source, changed, row, whole, coded_inputs(layer, sample))
             new[row.expert] = changed
     layer = replace_experts(layer, weights, new)
     if tuple(stored) != layer.stored:
@@ -148,8 +142,9 @@ def _changed(
     return slice_neurons(expert, torch.tensor(sorted(set(row.neurons))))
 
 
-def _coded(expert: Expert, row: ExpertPlan, group: int, wanted: Wanted | None, layer: MoeLayer) -> FeedForward:
-    where = f"{layer.name}, expert {row.expert}"
-    if not isinstance(expert, FeedForward) or not codable(expert):
+def _coded(source: Expert, changed: Expert, row: ExpertPlan, plan: BudgetPlan, inputs: ExpertInputs) -> FeedForward:
+    if not isinstance(source, FeedForward) or not isinstance(changed, FeedForward) or not codable(changed):
+        where = f"{inputs.layer.name}, expert {row.expert}"
         raise UsageError("the plan packs matrices that are packed or factored already", where=where)
-    return coded(expert, row.bits, group, wanted)
+    coder = Coder.of(source, inputs, row.expert, plan.group, refit=plan.refit)
+    return coder.outer(coder.inner(changed, row.bits), row.down_bits)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import ClassVar
 
-import torch
-
-from moec.calibration.sample import LayerSample
 from moec.errors import UsageError
 from moec.experts import (
     DenseLayer,
@@ -29,15 +26,16 @@ from moec.ir import Operation
 from moec.passes.factoring.sides import Side
 from moec.passes.quantizing.blocks import BlockPacker, Part, Rounding
 from moec.passes.quantizing.choices import FormatOptions, Kind, ScaleType, Trits, ZeroPoints
-from moec.passes.quantizing.inputs import ExpertInputs, Policy, second_moment
+from moec.passes.quantizing.inputs import ExpertInputs, Policy
 from moec.passes.quantizing.places import What, find_places, pack_place
+from moec.passes.quantizing.second_order import SecondOrder, SecondOrderOptions
 from moec.passes.quantizing.training import train_block
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 from moec.quantization.bit_plan import ExpertBits
 from moec.quantization.grids import TernaryFit
 from moec.quantization.packed import Packed
 from moec.quantization.rounding import Target, round_matrix
-from moec.quantization.second_order import Fallback, round_second_order
+from moec.quantization.second_order import Fallback
 
 
 class Method(Enum):
@@ -160,9 +158,10 @@ class Quantize(Pass):
                 continue
             rounding: Rounding = self._nearest
             if inputs is not None and isinstance(expert, FeedForward):
-                rounding = _SecondOrder(self, context, expert, inputs, number)
+                rounding = SecondOrder(self._second_order(), expert, *inputs.rows(number))
             bits = None if plan is None else plan[number]
             packed = packer.pack(layer.experts, expert, f"{layer.name}, expert {number}", rounding, bits)
+            self._count_fallbacks(rounding, context)
             if packed is not None:
                 new[number] = packed
                 if self.method is Method.BLOCK_AP and inputs is not None and isinstance(expert, FeedForward):
@@ -199,7 +198,9 @@ class Quantize(Pass):
             except UnreadableExpertError as error:
                 context.refuse(layer.op, error.message, self.pass_name)
                 continue
-            packed = packer.pack(layer.op, block, layer.name, self._rounding_of(layer, block, context))
+            rounding = self._rounding_of(layer, block, context)
+            packed = packer.pack(layer.op, block, layer.name, rounding)
+            self._count_fallbacks(rounding, context)
             if packed is not None:
                 replace_dense(layer, weights, packed)
         self._count(packer.stored, context)
@@ -216,80 +217,25 @@ class Quantize(Pass):
         """That of a dense block: those beside experts have no calibration of their own."""
         if self.method is Method.RTN or not context.require_calibration().knows(layer):
             return self._nearest
-        return _SecondOrder(self, context, block, context.require_calibration().sample(layer))
+        return SecondOrder(self._second_order(), block, context.require_calibration().sample(layer).x.float())
+
+    def _second_order(self) -> SecondOrderOptions:
+        return SecondOrderOptions(
+            lambda bits, _: self.target(bits), self.damping, self.act_order, self.rounds, self.refit
+        )
 
     def _nearest(self, part: Part) -> Packed:
         return round_matrix(self.target(part.bits), part.weight, part.where)
+
+    def _count_fallbacks(self, rounding: Rounding, context: PassContext) -> None:
+        found = rounding.fallbacks if isinstance(rounding, SecondOrder) else []
+        context.count(self.damped, found.count(Fallback.MORE_DAMPING))
+        context.count(self.nearest, found.count(Fallback.NEAREST))
 
     def _count(self, stored: Sequence[Packed], context: PassContext) -> None:
         context.count(self.matrices, len(stored))
         context.count(self.weights, sum(packed.rows * packed.columns for packed in stored))
         context.count(self.bytes_after, sum(packed.nbytes for packed in stored))
-
-
-@dataclass
-class _SecondOrder:
-    """The rounding of GPTQ for one block: the expert `number` of what `inputs` knows, or a dense block of a sample.
-
-    `source` is the block before anything was rounded.
-    """
-
-    options: Quantize
-    context: PassContext
-    source: FeedForward
-    inputs: ExpertInputs | LayerSample
-    number: int = 0
-    # gate and up read the same rows
-    _rows_moment: torch.Tensor | None = field(default=None, repr=False)
-
-    def __call__(self, part: Part) -> Packed:
-        weight, moment = part.weight, self._moment(part)
-        options, target = self.options, self.options.target(part.bits)
-        if part.side is Side.DOWN and options.refit:
-            weight = self._refitted(part, moment)
-        if part.inputs is not None:
-            moment = moment[part.inputs][:, part.inputs]
-        result = round_second_order(
-            target,
-            weight,
-            moment,
-            damping=options.damping,
-            ordered=options.act_order,
-            rounds=options.rounds,
-            where=part.where,
-        )
-        self.context.count(options.damped, int(result.fallback is Fallback.MORE_DAMPING))
-        self.context.count(options.nearest, int(result.fallback is Fallback.NEAREST))
-        return result.packed
-
-    def _moment(self, part: Part) -> torch.Tensor:
-        """That of all inputs of a side."""
-        if part.side is Side.DOWN:
-            rows, weights = self._rows()
-            return second_moment(part.block.hidden_activations(rows), weights)
-        if self._rows_moment is None:
-            self._rows_moment = second_moment(*self._rows())
-        return self._rows_moment
-
-    def _refitted(self, part: Part, moment: torch.Tensor) -> torch.Tensor:
-        """The last matrix that gives for the activations of packed matrices what the source gives for its own."""
-        rows, weights = self._rows()
-        found = part.block.hidden_activations(rows).double()
-        missing = self.source.hidden_activations(rows).double() - found
-        crossed = missing.T @ (found if weights is None else found * weights[:, None])
-        damped = moment.diagonal().mean() * self.options.damping
-        if part.inputs is not None or not bool(crossed.isfinite().all()) or not damped > 0:
-            return part.weight
-        regular = moment + damped * torch.eye(len(moment), dtype=torch.float64)
-        weight = part.weight.double()
-        change: torch.Tensor = torch.linalg.solve(regular, (weight @ crossed).T).T
-        return weight + change
-
-    def _rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(rows [n, H], their weights [n], None where all count alike)."""
-        if isinstance(self.inputs, ExpertInputs):
-            return self.inputs.rows(self.number)
-        return self.inputs.x.float(), None
 
 
 def _bits(stored: Sequence[Packed]) -> float:

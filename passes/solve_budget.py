@@ -48,7 +48,9 @@ class SolveBudget(Pass):
     3. With `refit` neurons are chosen, and they and ranks are priced, for what is left after `refit-down`: a neuron may
        go if those that stay can take its part over (as weights do in Optimal Brain Surgeon). Without a refit behind
        it such a plan is worse than one without `refit`.
-    4. Solvers: prices on bytes by bisection for any size; dynamic programming where experts are independent; HiGHS
+    4. Codes are those of GPTQ and a round of descent, priced as they come out. The last matrix of an expert has as many
+       bits as the others or the next number of `bits`; with `refit` it makes up for the others before it is coded.
+    5. Solvers: prices on bytes by bisection for any size; dynamic programming where experts are independent; HiGHS
        for redirects and for two budgets. The best plan is taken, and its distance from the proven bound is told.
 
     The plan is kept for `apply-plan`, and written to `file` as JSON.
@@ -225,6 +227,7 @@ class SolveBudget(Pass):
                         action=offer.action.kind,
                         size=offer.action.size,
                         bits=offer.action.bits,
+                        down_bits=offer.action.down_bits,
                         bytes=offer.bytes,
                         distortion=offer.distortion,
                         neurons=offer.neurons,

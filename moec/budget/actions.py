@@ -28,12 +28,14 @@ class ActionKind(Enum):
 class Action:
     """`size`: neurons of `narrow`, the rank of `factor` and `delta`, the stored expert that `redirect` leads to.
 
-    `bits` of the codes of `quantize`; `narrow` experts may have some, too, 0 for numbers.
+    `bits` of the codes of `quantize`, and `down_bits` of those of its last matrix; `narrow` experts may have some, too,
+    0 for numbers.
     """
 
     kind: ActionKind
     size: int = 0
     bits: int = 0
+    down_bits: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,21 @@
-"""Experts in codes of few bits, as `quantize` packs them: integers with zero points, ranges searched for few bits."""
+"""Experts in codes of few bits: GPTQ and coordinate descent, as `quantize` has them for `best4`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-
-from moec.budget.local_fit import refitted
-from moec.experts import Dense, FeedForward, Matrix, Quantized
+from moec.calibration.sample import LayerSample
+from moec.experts import Dense, FeedForward, Matrix, MoeLayer, Quantized
 from moec.passes.factoring.sides import Side, projection, with_matrices
+from moec.passes.quantizing.blocks import Part
 from moec.passes.quantizing.choices import FormatOptions, ScaleType
-from moec.quantization.rounding import round_matrix
+from moec.passes.quantizing.inputs import ExpertInputs, Policy
+from moec.passes.quantizing.second_order import SecondOrder, SecondOrderOptions
+from moec.quantization.rounding import Target
 
-_SEARCHED_BITS = 3
-"""Up to so many bits narrower ranges round much better; beyond them a search takes its time for little."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a last product is fitted to before it becomes codes: `outputs` [n, H] for `inputs` [n, H] with `gates` [n].
-
-    `ridge` is the weight of its squared change.
-    """
-
-    inputs: torch.Tensor
-    outputs: torch.Tensor
-    gates: torch.Tensor
-    ridge: float
+_DAMPING = 0.01
+_ROUNDS = 1
+"""Rounds of descent behind GPTQ. More of them take longer for all that is offered, and gain little."""
 
 
 def codable(expert: FeedForward) -> bool:
@@ -35,21 +24,48 @@ def codable(expert: FeedForward) -> bool:
     return all(isinstance(item.matrix, Dense) for item in found)
 
 
-def coded(expert: FeedForward, bits: int, group: int, wanted: Wanted | None) -> FeedForward:
-    """The expert with all matrices in codes; `group` inputs share a scale, a whole row where that does not divide it.
+@dataclass(frozen=True)
+class Coder:
+    """Makes codes of what is left of one expert, the product that gives its output last."""
 
-    With `wanted` the last product makes up for what the others lost before it is coded itself.
-    """
-    for side in Side:
+    rounding: SecondOrder = field(repr=False)
+
+    @staticmethod
+    def of(source: FeedForward, inputs: ExpertInputs, number: int, group: int, *, refit: bool) -> Coder:
+        """That of the expert `number`, which is `source` before anything is taken from it.
+
+        Codes have scales for `group` inputs, for a whole row where that does not divide it. With `refit` the last
+        product makes up for what the others lost, and for neurons that are gone, before it is coded itself.
+        """
+
+        def target(bits: int | None, columns: int) -> Target:
+            assert bits is not None
+            size = str(group) if columns % group == 0 else "row"
+            return FormatOptions(bits=bits, group=size, scales=ScaleType.F16).target()
+
+        options = SecondOrderOptions(target, _DAMPING, rounds=_ROUNDS, refit=refit)
+        return Coder(SecondOrder(options, source, *inputs.rows(number)))
+
+    def inner(self, expert: FeedForward, bits: int) -> FeedForward:
+        """With all matrices but the last one in codes."""
+        for side in (Side.GATE, Side.UP):
+            expert = self._coded(expert, side, bits)
+        return expert
+
+    def outer(self, expert: FeedForward, bits: int) -> FeedForward:
+        """With the last matrix in codes, as it is best behind the others, which are as they will be."""
+        return self._coded(expert, Side.DOWN, bits)
+
+    def _coded(self, expert: FeedForward, side: Side, bits: int) -> FeedForward:
         found = projection(expert, side)
         if found is None:
-            continue
-        if side is Side.DOWN and wanted is not None:
-            expert = refitted(expert, wanted.inputs, wanted.outputs, wanted.gates, wanted.ridge)
-            found = expert.down
+            return expert
         assert isinstance(found.matrix, Dense)
-        size = str(group) if found.matrix.shape[1] % group == 0 else "row"
-        target = FormatOptions(bits=bits, group=size, scales=ScaleType.F16, search=bits <= _SEARCHED_BITS).target()
-        matrices: dict[Side, Matrix] = {side: Quantized(round_matrix(target, found.matrix.weight))}
-        expert = with_matrices(expert, matrices)
-    return expert
+        packed = self.rounding(Part(found.matrix.weight, expert, side, f"{side.value} of an expert", bits))
+        matrices: dict[Side, Matrix] = {side: Quantized(packed)}
+        return with_matrices(expert, matrices)
+
+
+def coded_inputs(layer: MoeLayer, sample: LayerSample) -> ExpertInputs:
+    """What experts of a layer read, by the squares of their gates."""
+    return ExpertInputs(layer, sample, Policy.OUTPUT)

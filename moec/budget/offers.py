@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moec.budget.actions import Action, ActionKind, Offer
-from moec.budget.coding import Wanted, codable, coded
+from moec.budget.coding import Coder, codable
 from moec.budget.elimination import eliminate
 from moec.budget.local_fit import left_by_fit
 from moec.budget.measure import Distortion, ErrorMeasure
@@ -23,6 +23,8 @@ from moec.weights.output_type import OutputDType
 
 _CODED_WIDTHS = 8
 """Narrowed experts come as codes, too, if their width is a whole number of such parts."""
+_ADDED = 0.1
+"""What codes cost beside fewer neurons, as a share of what these cost, from where on more bits are not tried."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TableSettings:
 class ExpertRows:
     """The expert `number` on the rows int64 [n] of the sample that chose it: its `gates` float64 [n], `inputs` [n, H]
     and what its errors cost. The share `frequency` of all tokens chose it; `ridge` is the weight of the change of its
-    last product in a refit."""
+    last product in a refit; `coder` makes codes of it where they are offered."""
 
     number: int
     rows: torch.Tensor
@@ -56,6 +58,7 @@ class ExpertRows:
     measure: ErrorMeasure
     frequency: float
     ridge: float
+    coder: Coder | None = None
 
     def price(self, errors: torch.Tensor) -> float:
         """The price of errors [n, H] of the expert's output."""
@@ -140,7 +143,7 @@ def _narrowed(expert: FeedForward, seen: ExpertRows, settings: TableSettings) ->
         neurons = tuple(kept.tolist())
         offers.append(_offer(action, small, seen, settings, price, neurons))
         if len(kept) % (expert.width // min(_CODED_WIDTHS, expert.width)) == 0:
-            offers += _coded(expert, action, small, seen, settings, neurons)
+            offers += _coded(expert, action, small, seen, settings, neurons, price)
     return offers
 
 
@@ -151,17 +154,27 @@ def _coded(
     seen: ExpertRows,
     settings: TableSettings,
     neurons: tuple[int, ...] = (),
+    least: float = 0.0,
 ) -> list[Offer]:
-    """An expert that was made smaller by an action before, in codes of all numbers of bits."""
-    if ActionKind.QUANTIZE not in settings.actions or not codable(smaller):
+    """An expert that was made smaller by an action before, at the price `least`, in codes of all numbers of bits.
+
+    The last matrix has as many bits as the others, or the next number: what they lose it makes up for in part, but
+    nothing makes up for what it loses. More bits are not tried where codes add little to what the action costs.
+    """
+    if ActionKind.QUANTIZE not in settings.actions or seen.coder is None or not codable(smaller):
         return []
     outputs = expert.apply(seen.inputs)
-    wanted = Wanted(seen.inputs, outputs, seen.gates, seen.ridge) if settings.refit else None
-    offers = []
-    for bits in settings.bits:
-        packed = coded(smaller, bits, settings.group, wanted)
-        price = seen.price(packed.apply(seen.inputs) - outputs)
-        offers.append(_offer(replace(action, bits=bits), packed, seen, settings, price, neurons))
+    offers: list[Offer] = []
+    numbers = sorted(settings.bits)
+    for position, bits in enumerate(numbers):
+        inner = seen.coder.inner(smaller, bits)
+        for down_bits in numbers[position : position + 2]:
+            packed = seen.coder.outer(inner, down_bits)
+            price = seen.price(packed.apply(seen.inputs) - outputs)
+            own = replace(action, bits=bits, down_bits=down_bits)
+            offers.append(_offer(own, packed, seen, settings, price, neurons))
+        if min(offer.distortion for offer in offers) < (1 + _ADDED) * least:
+            break
     return offers
 
 

@@ -15,13 +15,14 @@ SCHEMA: Literal["moec.plan/1"] = "moec.plan/1"
 
 
 class ExpertPlan(Record):
-    """One stored expert. `size`, `bits` and `neurons` as in `Action` and `Offer`; `distortion` is its share of the
+    """One stored expert. `size`, bits and `neurons` as in `Action` and `Offer`; `distortion` is its share of the
     plan's."""
 
     expert: int = Field(ge=0)
     action: ActionKind
     size: int = 0
     bits: int = Field(default=0, ge=0, le=8)
+    down_bits: int = Field(default=0, ge=0, le=8)
     bytes: int = Field(ge=0)
     distortion: float = Field(ge=0)
     neurons: tuple[int, ...] = ()

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from moec.budget.actions import Action, ActionKind, Offer
-from moec.budget.coding import Wanted
+from moec.budget.coding import Coder, coded_inputs
 from moec.budget.measure import ErrorMeasure
 from moec.budget.offers import ExpertRows, TableSettings, offers_of, stored_bytes, work
 from moec.budget.ridge import refit_ridge
 from moec.budget.shared_base import shared_base
 from moec.calibration.calibration import Calibration
-from moec.calibration.sample import LayerSample
-from moec.experts import Expert, FeedForward, MoeLayer, load_expert
+from moec.experts import FeedForward, MoeLayer, load_expert
 from moec.passes.factoring.sides import Basis, Norms
 
 DAMPING = 0.01
@@ -67,20 +66,16 @@ def layer_table(layer: MoeLayer, calibration: Calibration, settings: TableSettin
         full[number] = share * work(expert)
         if number in used and number not in layer.protected:
             rows, gates = sample.chosen(layer, number)
-            seen = ExpertRows(number, rows, gates, x[rows], measure.of_expert(rows), share, ridge)
+            coder = None
+            if settings.bits and isinstance(expert, FeedForward):
+                coder = Coder.of(expert, coded_inputs(layer, sample), number, settings.group, refit=settings.refit)
+            seen = ExpertRows(number, rows, gates, x[rows], measure.of_expert(rows), share, ridge, coder)
             offers += offers_of(expert, seen, settings, norms, base)
             if redirects is not None:
                 offers += _redirected(layer, number, redirects[number], settings.nearest)
         tables.append(ExpertTable(number, expert.width if isinstance(expert, FeedForward) else 0, tuple(offers)))
     base_bytes = 0 if base is None else base.elements * settings.dtype.itemsize
     return LayerTable(tuple(_with_redirect_work(table, statistics.count, full) for table in tables), base_bytes)
-
-
-def wanted_of(expert: Expert, layer: MoeLayer, sample: LayerSample, number: int, ridge: float) -> Wanted:
-    """What the last product of a stored expert is fitted to before it becomes codes; `ridge` is `refit_ridge`."""
-    rows, gates = sample.chosen(layer, number)
-    inputs = sample.x[rows].float()
-    return Wanted(inputs, expert.apply(inputs), gates, ridge)
 
 
 def _redirected(layer: MoeLayer, number: int, prices: torch.Tensor, nearest: int) -> list[Offer]:

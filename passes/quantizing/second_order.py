@@ -1,0 +1,86 @@
+"""The matrices of one feed-forward block by GPTQ, each for what it reads behind those that were packed before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from moec.experts import FeedForward
+from moec.passes.factoring.sides import Side
+from moec.passes.quantizing.blocks import Part
+from moec.passes.quantizing.inputs import second_moment
+from moec.quantization.packed import Packed
+from moec.quantization.rounding import Target
+from moec.quantization.second_order import Fallback, round_second_order
+
+
+@dataclass(frozen=True)
+class SecondOrderOptions:
+    """`target` gives the format for a part's own bits and columns, the others are as the options of `quantize`."""
+
+    target: Callable[[int | None, int], Target]
+    damping: float
+    ordered: bool = True
+    rounds: int = 0
+    refit: bool = False
+
+
+@dataclass
+class SecondOrder:
+    """The rounding of one block. `source` is the block before anything was rounded.
+
+    It reads `rows` [n, H], whose `weights` [n] say how much they count; None where all count alike. `fallbacks` are
+    what the matrices so far needed.
+    """
+
+    options: SecondOrderOptions
+    source: FeedForward
+    rows: torch.Tensor
+    weights: torch.Tensor | None = None
+    fallbacks: list[Fallback] = field(default_factory=list)
+    _moment: torch.Tensor | None = field(default=None, repr=False)
+    _wanted: torch.Tensor | None = field(default=None, repr=False)
+
+    def __call__(self, part: Part) -> Packed:
+        weight = part.weight
+        if part.side is Side.DOWN:
+            hidden = part.block.hidden_activations(self.rows)
+            moment = second_moment(hidden, self.weights)
+            if self.options.refit and part.inputs is None:
+                weight = self._refitted(weight.double(), hidden.double(), moment)
+        else:
+            moment = self._rows_moment()
+        if part.inputs is not None:
+            moment = moment[part.inputs][:, part.inputs]
+        result = round_second_order(
+            self.options.target(part.bits, weight.shape[1]),
+            weight,
+            moment,
+            damping=self.options.damping,
+            ordered=self.options.ordered,
+            rounds=self.options.rounds,
+            where=part.where,
+        )
+        self.fallbacks.append(result.fallback)
+        return result.packed
+
+    def _rows_moment(self) -> torch.Tensor:
+        """That of the rows; gate and up read the same ones."""
+        if self._moment is None:
+            self._moment = second_moment(self.rows, self.weights)
+        return self._moment
+
+    def _refitted(self, weight: torch.Tensor, hidden: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+        """The last matrix [H, m] that gives for `hidden` [n, m] of the moment what the source gives for its own."""
+        if self._wanted is None:
+            self._wanted = self.source.hidden_activations(self.rows).double() @ self.source.down.dense().double().T
+        missing = self._wanted - hidden @ weight.T
+        crossed = missing.T @ (hidden if self.weights is None else hidden * self.weights[:, None])
+        damped = moment.diagonal().mean() * self.options.damping
+        if not bool(crossed.isfinite().all()) or not damped > 0:
+            return weight
+        regular = moment + damped * torch.eye(len(moment), dtype=torch.float64)
+        change: torch.Tensor = torch.linalg.solve(regular, crossed.T).T
+        return weight + change
