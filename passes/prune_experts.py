@@ -178,8 +178,8 @@ class PruneExperts(Pass):
                 means = statistics.output_sum / statistics.count.clamp(min=1)[:, None]
                 replace_experts(layer, weights, {expert: Constant(means[expert].float()) for expert in gone})
             case OnDrop.REDIRECT:
-                distortion = calibration.redirect_distortion(layer)
-                distortion[:, gone] = torch.inf
+                # a copy: calibration keeps its table for the passes behind this one
+                distortion = calibration.redirect_distortion(layer).index_fill(1, torch.tensor(gone), torch.inf)
                 target = {expert: int(distortion[expert].argmin()) for expert in gone}
                 alias_experts(layer, [target.get(expert, expert) for expert in layer.stored])
 

@@ -91,6 +91,7 @@ def test_a_weight_that_is_no_number_is_named(moec: Command, folder: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.slow
 def test_copies_zeros_and_experts_that_nobody_chooses_become_an_artifact(
     moec: Command, folder: Path, tmp_path: Path
 ) -> None:

@@ -115,6 +115,7 @@ def test_experts_that_were_not_changed_stay_in_their_files(source: Module) -> No
 
 
 def test_neurons_in_another_order_give_the_same_expert(source: Module) -> None:
+    """V5."""
     module = copy_of(source)
     layer = change_each(module, lambda expert: with_neurons(expert, torch.randperm(expert.width)), 1, 2)
     assert len(layer.experts.classes) == 1
@@ -178,6 +179,7 @@ def test_dropping_outputs_is_choosing_among_the_others(mixtral: Module) -> None:
 
 
 def test_dropping_keeps_selection_biases_and_groups_in_step(tmp_path: Path) -> None:
+    """V2 and V3."""
     module = raised_model("deepseek_v3", tmp_path)
     layer = first_layer(module)
     with pytest.raises(EditError, match="groups of equal size"):
@@ -192,6 +194,7 @@ def test_dropping_keeps_selection_biases_and_groups_in_step(tmp_path: Path) -> N
 
 
 def test_outputs_that_share_an_expert_add_their_gates(mixtral: Module) -> None:
+    """V6."""
     module = copy_of(mixtral)
     layer = alias_experts(first_layer(module), [0, 0, 2, 3, 4, 5, 6, -1])
     assert layer.expert_count == 6

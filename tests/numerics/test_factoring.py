@@ -35,6 +35,7 @@ def norm_of(rows: torch.Tensor) -> Whitening:
 @given(SIZES)
 @settings(max_examples=40, deadline=None)
 def test_full_rank_is_exact_in_every_norm(sizes: tuple[int, int, int]) -> None:
+    """V9."""
     out, inputs, seed = sizes
     weight = normal(seed, out, inputs)
     for norm in (plain(inputs), norm_of(skewed_rows(seed, inputs))):
@@ -46,6 +47,7 @@ def test_full_rank_is_exact_in_every_norm(sizes: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("rank", range(1, IN))
 @pytest.mark.parametrize("seed", range(5))
 def test_each_norm_has_its_own_optimum(rank: int, seed: int) -> None:
+    """V9."""
     weight, rows = normal(seed, OUT, IN), skewed_rows(seed + 9, IN)
     norm = norm_of(rows)
     whitened = weight - decompose(weight, norm).factors(rank).product()

@@ -97,6 +97,7 @@ def feed_forward(module: Module, layer: MoeLayer, expert: int) -> FeedForward:
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("keep", ["1", "0.5"])
 def test_identical_experts_merge_without_loss(identical: Module, grouping: str, keep: str) -> None:
+    """V6."""
     result = merged(identical, f"keep={keep} grouping={grouping}")
     for layer in layers_of(result):
         assert layer.expert_count == (4 if keep == "0.5" else int(keep))
@@ -106,6 +107,7 @@ def test_identical_experts_merge_without_loss(identical: Module, grouping: str, 
 
 @pytest.mark.parametrize("align", ["none", "weight", "activation"])
 def test_permuted_copies_merge_without_loss_iff_they_are_aligned(with_permuted_copies: Module, align: str) -> None:
+    """V5."""
     source = with_permuted_copies
     result = merged(source, f"keep=4 grouping=facility align={align}")
     for layer in layers_of(result):

@@ -31,6 +31,7 @@ def test_scopes_rank_different_neurons_together() -> None:
 
 
 def test_round_to_only_adds_neurons_back() -> None:
+    """V7."""
     experts = scored([1, 9, 2, 8, 3, 7], [10, 11, 12, 13, 14, 15])
     exact = kept(experts, 0.25, Scope.LAYER)
     rounded = kept(experts, 0.25, Scope.LAYER, round_to=4)

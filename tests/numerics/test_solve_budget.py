@@ -13,7 +13,7 @@ from moec.api import run_passes
 from moec.artifact.options import OutputDType
 from moec.budget.actions import ActionKind
 from moec.budget.measure import Distortion
-from moec.budget.offers import TableSettings
+from moec.budget.offers import TableSettings, work
 from moec.budget.plan import BudgetPlan, read_plan, write_plan
 from moec.budget.tables import LayerTable, layer_table
 from moec.codegen.onnx.emit import emit_onnx
@@ -134,6 +134,7 @@ def test_measures_agree_on_what_costs_nothing(distortion: Distortion, folder: Pa
 def test_the_plan_keeps_to_its_bytes_and_the_artifact_has_them(
     share: float, target: str, folder: Path, tmp_path: Path
 ) -> None:
+    """V12."""
     module = calibrated(folder, tmp_path / "store")
     sizes = [_initializer_bytes(module, tmp_path / "before", target)]
     source = expert_bytes(module)
@@ -167,6 +168,7 @@ def test_an_artifact_in_float16_has_the_bytes_of_the_account(biased: Path, tmp_p
     assert [old - new for old, new in zip(before, after, strict=True)] == [plan.source_bytes - plan.bytes] * 2
 
 
+@pytest.mark.slow
 def test_kernels_in_bfloat16_have_the_bytes_of_the_account(folder: Path, tmp_path: Path) -> None:
     """Widths in whole tiles of 16, which others are filled up to; one row of zeros is the bias of who has none."""
     module = calibrated(folder, tmp_path / "store", gradients=False)
@@ -327,6 +329,21 @@ def test_a_budget_of_flops_binds(folder: Path, tmp_path: Path) -> None:
     bound = solved(module, "bytes=70% flops=50%")
     assert free.flops > 0.5 * free.source_flops >= bound.flops
     assert bound.predicted > free.predicted
+
+
+def test_flops_of_a_plan_are_those_of_its_experts(folder: Path, tmp_path: Path) -> None:
+    """V12: by the tokens that choose each."""
+    module = calibrated(folder, tmp_path)
+    assert module.calibration is not None
+    statistics = [module.calibration.statistics(layer) for layer in find_moe_layers(module.op)]
+    plan = solved(module, "bytes=40% actions=narrow,constant,delta")
+    assert len(plan.counts()) > 1
+    run_passes(module, "apply-plan")
+    counted = 0.0
+    for layer, found in zip(find_moe_layers(module.op), statistics, strict=True):
+        for number in range(layer.expert_count):
+            counted += float(found.count[number]) / found.tokens * work(load_expert(layer, module.weights, number))
+    assert plan.flops == pytest.approx(counted)
 
 
 def test_a_plan_from_a_file_does_the_same(folder: Path, tmp_path: Path) -> None:

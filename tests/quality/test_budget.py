@@ -43,7 +43,7 @@ def test_the_budget_is_not_worse_than_the_best_family(name: str, seed: int, keep
 
 @pytest.mark.parametrize("name", MODELS)
 def test_predictions_rank_random_plans(name: str) -> None:
-    """20 plans over 10 to 90 % of the bytes, mixed of all actions at random; neither solved nor refitted."""
+    """V13: 20 plans over 10 to 90 % of the bytes, mixed of all actions at random; neither solved nor refitted."""
     found = predict_and_measure(name)
     print(f"{name}: {found.rank_correlation:.3f}, shares {found.shares.min():.2f} to {found.shares.max():.2f}")
     assert len(found.shares) == 20
