@@ -10,6 +10,8 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS := 1
 
+QUALITY := $(BIN)/python -W ignore::FutureWarning -m tests.quality
+
 .PHONY: install demo test test-slow lint bench quality clean
 
 install: $(STAMP)
@@ -38,11 +40,24 @@ test-slow: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
 
+# Four tables, each of which can be asked for alone; two at once, and each printed when it is whole.
+QUALITY_PARTS := quality-recipes quality-dense quality-packed quality-bits
+.PHONY: $(QUALITY_PARTS)
+
 quality: $(STAMP)
-	$(BIN)/python -W ignore::FutureWarning -m tests.quality
-	$(BIN)/python -W ignore::FutureWarning -m tests.quality.dense_to_moe
-	$(BIN)/python -W ignore::FutureWarning -m tests.quality.packed_experts
-	$(BIN)/python -W ignore::FutureWarning -m tests.quality.bit_budget
+	$(MAKE) --jobs 2 --output-sync=target $(QUALITY_PARTS)
+
+quality-recipes: $(STAMP)
+	$(QUALITY)
+
+quality-dense: $(STAMP)
+	$(QUALITY).dense_to_moe
+
+quality-packed: $(STAMP)
+	$(QUALITY).packed_experts
+
+quality-bits: $(STAMP)
+	$(QUALITY).bit_budget
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -8,18 +8,18 @@ from moec.errors import MoecError
 from tests.quality.comparison import Outcome, best_single_family, measure_recipe
 from tests.quality.harness import FIXTURES, paired_interval, source_losses
 from tests.quality.random_plans import predict_and_measure
-from tests.quality.recipes import BUDGET, KEPT_SHARES, all_recipes
+from tests.quality.recipes import BUDGET, KEPT_SHARES, all_recipes, main_recipes
 
 _MODELS = ("scratch", "upcycled", "tiny-moe")
 _BYTE_LEVEL = ("scratch", "upcycled")
 
 
 def print_table(name: str, keep: float) -> None:
-    """All recipes for one fixture and one budget, each against the best of a single family."""
+    """Recipes for one fixture and one budget, each against the best of a single family."""
     print(f"\n{name}: at most {keep:.0%} of the bytes of its experts; its own loss {source_losses(name).mean():.4f}")
     print(f"{'recipe':32}{'family':18}{'bytes':>11}{'share':>8}{'increase':>10}{'other text':>12}   against the best")
     outcomes = []
-    for recipe in all_recipes():
+    for recipe in all_recipes() if name in _BYTE_LEVEL else main_recipes():
         try:
             outcomes.append(measure_recipe(name, recipe, keep, other=True))
         except MoecError as error:

@@ -7,22 +7,12 @@ import pytest
 from tests.quality.comparison import best_single_family, measure_recipe
 from tests.quality.harness import SEEDS, paired_interval
 from tests.quality.random_plans import predict_and_measure
-from tests.quality.recipes import BUDGET, single_families
+from tests.quality.recipes import BUDGET, strongest
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quality budget")]
 
 MODELS = ("scratch", "upcycled")
 TOLERANCE = 0.002
-# the strongest recipes of their families on these models; `make quality` prints all of them
-RIVALS = (
-    "heapr + refit",
-    "energy x sensitivity + refit",
-    "camera-p + refit",
-    "facility, averaged, global + refit",
-    "d2-moe + refit",
-    "mole",
-    "mole + refit",
-)
 
 
 @pytest.mark.parametrize("keep", [0.75, 0.5, 0.25])
@@ -31,9 +21,7 @@ RIVALS = (
 def test_the_budget_is_not_worse_than_the_best_family(name: str, seed: int, keep: float) -> None:
     found = measure_recipe(name, BUDGET, keep, seed=seed)
     assert found.fits(keep)
-    rivals = [measure_recipe(name, recipe, keep, seed=seed) for recipe in single_families() if recipe.name in RIVALS]
-    assert len(rivals) == len(RIVALS)
-    best = best_single_family(rivals, keep)
+    best = best_single_family((measure_recipe(name, recipe, keep, seed=seed) for recipe in strongest()), keep)
     _, upper = paired_interval(found.measured, best.measured)
     increase = found.measured.increase
     rival = f"{best.recipe.name} {best.measured.increase:+.4f}"
