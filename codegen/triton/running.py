@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,18 @@ from moec.errors import UsageError, VerificationError
 
 INTERPRET = "TRITON_INTERPRET"
 _INPUTS, _PLAN, _OUTPUTS = "inputs.safetensors", "plan.json", "outputs.safetensors"
+
+
+class Place(Enum):
+    """Where kernels run."""
+
+    GPU = "on the GPU"
+    INTERPRETER = "in the interpreter"
+
+
+def default_place() -> Place:
+    """A GPU where there is one."""
+    return Place.GPU if torch.cuda.is_available() else Place.INTERPRETER
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class LayerOutput:
     gates: torch.Tensor
 
 
-def run_layers(requests: Sequence[LayerRows]) -> list[LayerOutput]:
+def run_layers(requests: Sequence[LayerRows], place: Place) -> list[LayerOutput]:
     """What layers make of rows, in the order of the requests, all in one process.
 
     Raises UsageError without triton, VerificationError where a package does not run.
@@ -63,7 +76,7 @@ def run_layers(requests: Sequence[LayerRows]) -> list[LayerOutput]:
         )
         plan = [[str(item.package.resolve()), item.layer, item.only_router] for item in requests]
         (folder / _PLAN).write_text(json.dumps(plan), encoding="utf-8")
-        environment = dict(os.environ) | ({} if torch.cuda.is_available() else {INTERPRET: "1"})
+        environment = dict(os.environ) | {INTERPRET: "1" if place is Place.INTERPRETER else "0"}
         command = [sys.executable, "-m", __name__, str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode or not (folder / _OUTPUTS).is_file():
@@ -99,9 +112,10 @@ def import_package(package: Path) -> ModuleType:
 
 
 def _main(folder: Path) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda"
     if os.environ.get(INTERPRET) == "1":
         repair()
+        device = "cpu"
     found: dict[str, torch.Tensor] = {}
     rows = load_file(str(folder / _INPUTS))
     loaded = ""

@@ -19,7 +19,7 @@ from moec.codegen.triton.binaries import BINARIES_FOLDER, write_binaries
 from moec.codegen.triton.emit import emit_triton
 from moec.codegen.triton.reading import layers_of
 from moec.codegen.triton.rendering import PACKAGE_NAME
-from moec.codegen.triton.running import LayerRows, run_layers
+from moec.codegen.triton.running import LayerRows, default_place, run_layers
 from moec.codegen.triton.spec import Element
 from moec.dialects.moe import ExpertsOp, RouteOp
 from moec.ir import Operation
@@ -91,8 +91,8 @@ def compare_kernels(folder: Path, module: Module, batch: TokenBatch, dtype: Outp
     requests = [
         LayerRows(package, number, rows.x[:count]) for number, rows in enumerate(tap.layers) for count in (_MANY, _ONE)
     ]
-    found = run_layers(requests)
-    place = "on the GPU" if torch.cuda.is_available() else "in the interpreter"
+    place = default_place()
+    found = run_layers(requests, place)
     result = []
     for first, text in enumerate(("many tokens", "one token")):
         differences, ties, count = [0.0], 0, 0
@@ -106,7 +106,7 @@ def compare_kernels(folder: Path, module: Module, batch: TokenBatch, dtype: Outp
             count += len(y)
         result.append(
             VerificationRow(
-                comparison=f"kernels for {text} {place} against IR",
+                comparison=f"kernels for {text} {place.value} against IR",
                 relative_difference=max(differences),
                 bound=KERNEL_BOUNDS[dtype],
                 ties=ties,

@@ -1,4 +1,4 @@
-"""The routing kernel in Triton's interpreter against the reference executor: every stage that it has."""
+"""The routing kernel, in Triton's interpreter or on a GPU, against the reference executor: every stage that it has."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moec.dialects.moe import (
 from moec.errors import UnsupportedModelError
 from moec.experts import find_moe_layers, run_layer
 from moec.module import Module
-from tests.codegen.triton_layers import Case, Outcome, build, rows_of
+from tests.codegen.triton_layers import PLACES, Case, Outcome, build, rows_of
 from tests.ir.expert_bodies import dense
 
 HIDDEN, EXPERTS, TOKENS = 16, 12, 19
@@ -93,20 +93,25 @@ def _rows(count: int = TOKENS) -> torch.Tensor:
     return rows
 
 
-@pytest.fixture(scope="module")
-def found(module: Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+@pytest.fixture(scope="module", params=PLACES)
+def found(
+    request: pytest.FixtureRequest, module: Module, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcome]:
     folder = tmp_path_factory.mktemp("routes")
     emit_triton(module, folder, element=Element.FLOAT32)
     requests = [LayerRows(folder / PACKAGE_NAME, number, _rows(), only_router=True) for number in range(len(ROUTINGS))]
     layers = find_moe_layers(module.op)
     runs = [run_layer(layer, module.weights, _rows().double(), _rows().double(), torch.float64) for layer in layers]
-    return {name: Outcome(*pair) for name, *pair in zip(ROUTINGS, run_layers(requests), runs, strict=True)}
+    return {
+        name: Outcome(*pair) for name, *pair in zip(ROUTINGS, run_layers(requests, request.param), runs, strict=True)
+    }
 
 
 def _by_expert(ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(ids), EXPERTS, dtype=torch.float64).scatter_add(1, ids, gates.double())
 
 
+@pytest.mark.xdist_group("triton routes")
 @pytest.mark.parametrize("name", list(ROUTINGS))
 def test_equals_the_reference(name: str, found: dict[str, Outcome]) -> None:
     got, expected = found[name].found, found[name].expected

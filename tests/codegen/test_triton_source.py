@@ -15,7 +15,7 @@ from moec.codegen.triton.ahead import Package
 from moec.codegen.triton.emit import emit_triton
 from moec.codegen.triton.reading import read_layer
 from moec.codegen.triton.rendering import PACKAGE_NAME, render_package
-from moec.codegen.triton.running import LayerRows, run_layers
+from moec.codegen.triton.running import LayerRows, Place, run_layers
 from moec.codegen.triton.spec import Element
 from moec.dialects.builtin import ModuleOp
 from moec.dialects.moe import ExpertsOp, Routing, Score, Select
@@ -114,7 +114,7 @@ def test_triton_is_needed_where_kernels_run_or_compile(tmp_path: Path, monkeypat
     emit_triton(build([Case("equal")]), tmp_path, element=Element.FLOAT32)
     package = tmp_path / PACKAGE_NAME
     with pytest.raises(UsageError, match="triton is not installed, and running its kernels needs it"):
-        run_layers([LayerRows(package, 0, torch.zeros(1, HIDDEN))])
+        run_layers([LayerRows(package, 0, torch.zeros(1, HIDDEN))], Place.INTERPRETER)
     with pytest.raises(UsageError, match="triton is not installed, and compiling its kernels needs it"):
         Package.open(package)
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from moec.codegen.triton.emit import emit_triton
 from moec.codegen.triton.rendering import PACKAGE_NAME
-from moec.codegen.triton.running import LayerOutput, LayerRows, run_layers
+from moec.codegen.triton.running import LayerOutput, LayerRows, Place, run_layers
 from moec.codegen.triton.spec import Element
 from moec.dialects import aten
 from moec.dialects.builtin import FuncOp, ModuleOp, WeightOp
@@ -40,6 +41,10 @@ from tests.ir.expert_bodies import Kind, dense
 
 COUNT = symbol("count")
 HIDDEN = 32
+
+WITH_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+PLACES = [pytest.param(place, marks=[WITH_GPU] * (place is Place.GPU), id=place.name.lower()) for place in Place]
+"""Where a test runs kernels."""
 
 
 def four_experts(width: int = 48) -> list[tuple[Kind, tuple[int, ...]]]:
@@ -172,10 +177,11 @@ _ORDER = ("logit_bias", "mask", "score_override", "override_on", "select_bias", 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the kernels of a layer gave, and what the reference executor gives in float64."""
+    """What the kernels of a layer gave and what the reference executor gives in float64, its choice if `has_choice`."""
 
     found: LayerOutput
     expected: LayerRun
+    has_choice: bool = True
 
     def difference(self) -> float:
         """Largest difference of outputs relative to the largest expected one; infinite for NaN."""
@@ -198,11 +204,11 @@ def rows_of(count: int, hidden: int = HIDDEN) -> torch.Tensor:
 
 
 def outcomes(
-    cases: Mapping[Element, Sequence[Case]], counts: Sequence[int], folder: Path, hidden: int = HIDDEN
+    cases: Mapping[Element, Sequence[Case]], counts: Sequence[int], folder: Path, hidden: int, place: Place
 ) -> dict[tuple[Element, str, int], Outcome]:
     """Every case of every element type on every count of tokens. The kernels run in one process."""
     requests: list[LayerRows] = []
-    expected: list[tuple[tuple[Element, str, int], LayerRun]] = []
+    expected: list[tuple[tuple[Element, str, int], LayerRun, bool]] = []
     for element, some in cases.items():
         module = build(some, hidden, folder / "store")
         emit_triton(module, folder / element.value, element=element)
@@ -216,6 +222,6 @@ def outcomes(
                 run = run_layer(layer, module.weights, rows.double(), seen, torch.float64)
                 if case.shared or case.features:
                     run = replace(run, y=_whole_results(module, rows)[number])
-                expected.append(((element, case.name, count), run))
-    found = run_layers(requests)
-    return {key: Outcome(output, run) for (key, run), output in zip(expected, found, strict=True)}
+                expected.append(((element, case.name, count), run, not case.features))
+    found = run_layers(requests, place)
+    return {key: Outcome(output, run, chosen) for (key, run, chosen), output in zip(expected, found, strict=True)}
