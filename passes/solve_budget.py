@@ -267,14 +267,9 @@ class SolveBudget(Pass):
         ):
             context.count(statistic, counts.get(kind, 0))
         context.count(self.packed, sum(bool(expert.bits) for layer in plan.layers for expert in layer.experts))
-        unit = "squared error" if plan.measure == Distortion.MSE.value else "nats per token"
-        state = "" if plan.gap <= self.gap else "; NOT proven near the best: allow more nodes"
-        context.remark(
-            op,
-            f"experts take {format_size(plan.bytes)} of {format_size(plan.source_bytes)} "
-            f"({plan.bytes / max(plan.source_bytes, 1):.1%}), predicted loss +{plan.predicted:.4g} {unit}, "
-            f"bound {plan.bound:.4g}, gap {plan.gap:.2%} ({plan.solver}){state}",
-        )
+        context.remark(op, plan.description())
+        if plan.gap > self.gap:
+            context.warn(op, f"the plan may be {plan.gap:.2%} from the best: allow more than nodes={self.nodes}")
 
 
 def _target(action: Action, first: int, base: int) -> int:

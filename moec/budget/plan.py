@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from moec.budget.actions import ActionKind
+from moec.budget.measure import Distortion
+from moec.budget.sizes import format_size
 from moec.errors import UsageError
 from moec.record import Record, read_record, write_record
 
@@ -65,6 +67,15 @@ class BudgetPlan(Record):
         """How many experts meet each end."""
         actions = [expert.action for layer in self.layers for expert in layer.experts]
         return {kind: actions.count(kind) for kind in ActionKind if kind in actions}
+
+    def description(self) -> str:
+        """Bytes, the predicted loss and how far from the best it may be, in one line."""
+        unit = "squared error" if self.measure == Distortion.MSE.value else "nats per token"
+        return (
+            f"experts take {format_size(self.bytes)} of {format_size(self.source_bytes)} "
+            f"({self.bytes / max(self.source_bytes, 1):.1%}), predicted loss +{self.predicted:.4g} {unit}, "
+            f"bound {self.bound:.4g}, gap {self.gap:.2%} ({self.solver})"
+        )
 
 
 def write_plan(path: Path, plan: BudgetPlan) -> None:

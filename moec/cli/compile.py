@@ -131,6 +131,8 @@ def compile_command(
         for entry in report.ledger
     ]
     typer.echo(table(rows, numbers=frozenset({3, 4})))
+    if result.module.plan is not None:
+        typer.echo(f"plan: {result.module.plan.description()}")
     typer.echo()
     rows = [("verified", "difference", "allowed", "ties", "tokens")]
     rows += [

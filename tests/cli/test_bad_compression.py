@@ -101,6 +101,7 @@ def test_copies_zeros_and_experts_that_nobody_chooses_become_an_artifact(
         "compile", folder / "model", "-o", out, "--calibration", folder / "tokens.json", "--budget", "40%"
     )
     assert found == 0, err
+    assert "plan: experts take" in printed and ", gap 0." in printed
     assert "not refitted: 288 tokens are too few, at least 2048 are needed" in printed + err
     found, printed, err = moec("verify", out)
     assert found == 0, err

@@ -167,8 +167,17 @@ def test_an_outlier_is_protected(mixtral: Module, tmp_path: Path) -> None:
     replace_experts(layer, module.weights, {rare: outlier})
     moec.run_passes(module, f"{calibrate_text(tmp_path)},protect-super-experts{{percentile=90}}")
     assert rare in layers_of(module)[0].protected
-    result = pruned(module, "keep=4 criterion=frequency")
-    assert layers_of(result)[0].protected
+    assert module.calibration is not None
+    sample, errors = module.calibration.sample(layers_of(module)[0]), []
+    for protected in (True, False):
+        if not protected:
+            layers_of(module)[0].experts.protected = ()
+        result = layers_of(pruned(module, "keep=4 criterion=frequency on-drop=zero"))[0]
+        assert bool(result.protected) is protected
+        y = run_layer(result, module.weights, sample.x, sample.router_input).y
+        assert y is not None
+        errors.append(float((y - sample.y).square().sum()))
+    assert errors[0] < 0.5 * errors[1]
 
 
 @pytest.mark.parametrize(
