@@ -140,6 +140,8 @@ class Quantize(Pass):
         if self.packs(What.DENSE):
             self._pack_blocks(op, context)
         self._pack_places(op, context)
+        if context.refusals and not context.statistics.get(self.matrices.name):
+            context.warn(op, f"nothing was packed: {context.refusals[0].reason}; --explain names all of them")
 
     def _pack_experts(self, layer: MoeLayer, context: PassContext) -> None:
         weights, packer = context.require_weights(), BlockPacker(self.sides, context, self.pass_name)

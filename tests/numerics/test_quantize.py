@@ -162,6 +162,7 @@ def test_packed_factored_and_protected_experts_stay(source: Module) -> None:
     reasons = [refusal.reason for refusal in report.records[0].refusals]
     assert any("down is packed already" in reason for reason in reasons)
     assert any("up is factored" in reason for reason in reasons)
+    assert "nothing was packed" in report.warnings()[0] and "packed already" in report.warnings()[0]
 
 
 def test_groups_that_do_not_divide_are_named(source: Module) -> None:
