@@ -84,11 +84,15 @@ TINY = Source()
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: how neurons are divided and experts are chosen."""
+    """One row of the table: how neurons are divided and experts are chosen.
+
+    `seed` is that of the calibration, of the router and, without a `partition_seed`, of the partition.
+    """
 
     partition: str
     router: str = LEAST_SQUARES
     seed: int = 0
+    partition_seed: int | None = None
     calibrated_scale: bool = False
     experts: int = EXPERTS
 
@@ -142,7 +146,8 @@ def _routed(setting: Setting, source: Source) -> Module:
     module = copied(_calibrated(source, setting.seed))
     options = PARTITIONS[setting.partition].format(expert=_width(source) // setting.experts)
     experts = setting.experts - ("shared=" in options)
-    moec.run_passes(module, f"factorize{{experts={experts} {options}}}", seed=setting.seed)
+    partition_seed = setting.seed if setting.partition_seed is None else setting.partition_seed
+    moec.run_passes(module, f"factorize{{experts={experts} {options}}}", seed=partition_seed)
     if setting.router != ORACLE:
         moec.run_passes(module, f"init-router{{kind={setting.router}}}", seed=setting.seed)
         return module
@@ -256,7 +261,7 @@ def print_table(source: Source, seeds: tuple[int, ...], partitions: list[str]) -
             for calibrated in (False, True) if router == LEAST_SQUARES else (False,):
                 cells = []
                 for k in ACTIVE:
-                    settings = [Setting(partition, router, seed, calibrated) for seed in seeds]
+                    settings = [Setting(partition, router, seed, calibrated_scale=calibrated) for seed in seeds]
                     try:
                         # with a shared expert, which every token runs, one expert less is chosen
                         chosen = k - (EXPERTS - expert_count(settings[0], source))

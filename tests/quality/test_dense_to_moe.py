@@ -17,6 +17,7 @@ from tests.quality.dense_to_moe import (
     PARTITIONS,
     RANDOM,
     SEEDS,
+    TINY,
     Setting,
     Source,
     dense_loss,
@@ -26,10 +27,28 @@ from tests.quality.dense_to_moe import (
     scales,
 )
 
+RECIPE = Source(calibration=320, gradients=False)
+"""As much text as the recipe `best` calibrates on."""
 
-def losses(partition: str, k: int, router: str = LEAST_SQUARES, *, scaled: bool = False) -> NDArray[np.float64]:
+
+def losses(
+    partition: str,
+    k: int,
+    router: str = LEAST_SQUARES,
+    source: Source = TINY,
+    *,
+    partition_seed: int | None = None,
+    scaled: bool = False,
+) -> NDArray[np.float64]:
     """One for each seed."""
-    return np.asarray([loss(Setting(partition, router, seed, scaled), k) for seed in SEEDS])
+    settings = [Setting(partition, router, seed, partition_seed, scaled) for seed in SEEDS]
+    return np.asarray([loss(setting, k, source) for setting in settings])
+
+
+def is_clearly_less(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+    """For every two seeds, and on average by more than twice the range of either over its seeds."""
+    gap = float(other.mean() - one.mean())
+    return bool(one.max() < other.min() and gap > 2 * max(np.ptp(one), np.ptp(other)))
 
 
 def test_a_fitted_router_is_better_than_chance_and_all_experts_are_the_model() -> None:
@@ -56,22 +75,25 @@ class TestOrderings:
         found = [loss(setting, k - missing) for k in ACTIVE]
         assert all(more <= fewer + 0.01 for more, fewer in pairwise(found)), found
 
+    @pytest.mark.parametrize("partition_seed", SEEDS)
     @pytest.mark.parametrize("k", [4, 2])
-    def test_least_squares_is_better_than_centroids_and_those_than_chance(self, k: int) -> None:
+    def test_least_squares_is_better_than_centroids_and_those_than_chance(self, k: int, partition_seed: int) -> None:
+        """On one partition at a time: partitions differ by more than routers do."""
         best, fitted, centroid, chance = (
-            losses("k-means", k, router) for router in (ORACLE, LEAST_SQUARES, CENTROID, RANDOM)
+            losses("k-means", k, router, RECIPE, partition_seed=partition_seed)
+            for router in (ORACLE, LEAST_SQUARES, CENTROID, RANDOM)
         )
         print(f"k = {k}: oracle {best}, least squares {fitted}, centroid {centroid}, random {chance}")
-        assert (best < fitted).all() and (fitted < centroid).all() and (centroid + 0.05 < chance).all()
+        assert is_clearly_less(fitted, centroid)
+        # routers by chance differ too much among themselves for twice their range, and the fit may come close to the best
+        assert best.max() <= fitted.min() and centroid.max() + 0.05 < chance.min()
 
-    @pytest.mark.parametrize(("k", "margin"), [(4, 0.01), (2, 0.03)])
+    @pytest.mark.parametrize("k", [4, 2])
     @pytest.mark.parametrize("partition", ["k-means", "co-activation"])
-    def test_neurons_that_belong_together_lose_less_than_drawn_ones(
-        self, partition: str, k: int, margin: float
-    ) -> None:
-        alike, drawn = losses(partition, k), losses("random", k)
+    def test_neurons_that_belong_together_lose_less_than_drawn_ones(self, partition: str, k: int) -> None:
+        alike, drawn = losses(partition, k, source=RECIPE), losses("random", k, source=RECIPE)
         print(f"k = {k}: {partition} {alike}, random {drawn}")
-        assert alike.max() + margin < drawn.min()
+        assert is_clearly_less(alike, drawn)
 
     @pytest.mark.parametrize("k", [6, 4, 2])
     @pytest.mark.parametrize("partition", ["random", "k-means", "co-activation"])
