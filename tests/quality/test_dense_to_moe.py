@@ -85,7 +85,7 @@ class TestOrderings:
         )
         print(f"k = {k}: oracle {best}, least squares {fitted}, centroid {centroid}, random {chance}")
         assert is_clearly_less(fitted, centroid)
-        # routers by chance differ too much among themselves for twice their range, and the fit may come close to the best
+        # routers by chance differ too much among themselves for that, and a fit may come close to the best
         assert best.max() <= fitted.min() and centroid.max() + 0.05 < chance.min()
 
     @pytest.mark.parametrize("k", [4, 2])
