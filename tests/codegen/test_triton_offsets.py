@@ -11,9 +11,10 @@ import pytest
 
 from moec.codegen.triton.emit import emit_triton
 from moec.codegen.triton.rendering import PACKAGE_NAME
+from moec.codegen.triton.running import Place
 from moec.codegen.triton.spec import Element
 from moec.dialects.moe import Routing
-from tests.codegen.triton_layers import HIDDEN, Case, build
+from tests.codegen.triton_layers import HIDDEN, PLACES, Case, build
 from tests.ir.expert_bodies import dense
 
 # 32-bit offsets would wrap around and read in front of the tensor; nothing of the gap is ever touched
@@ -22,15 +23,17 @@ import sys, torch
 from pathlib import Path
 from moec.codegen.triton.interpreter import repair
 from moec.codegen.triton.running import import_package
-repair()
+device = sys.argv[2]
+if device == "cpu":
+    repair()
 package = import_package(Path(sys.argv[1]))
-block = package.load_layer(0)
-rows = torch.randn(9, {hidden}, generator=torch.Generator().manual_seed(0))
+block = package.load_layer(0, device)
+rows = torch.randn(9, {hidden}, generator=torch.Generator().manual_seed(0)).to(device)
 with torch.no_grad():
     expected = [block(rows), block(rows[:1])]
     for name, column in (("input_float", 2), ("output_float", 5)):
         old = getattr(block, name)
-        far = torch.empty((1 << 31) + len(old), dtype=old.dtype)
+        far = torch.empty((1 << 31) + len(old), dtype=old.dtype, device=device)
         far[1 << 31 :] = old
         setattr(block, name, far)
         block.table[:, column] += 1 << 31
@@ -45,17 +48,19 @@ import sys, torch
 from pathlib import Path
 from moec.codegen.triton.interpreter import repair
 from moec.codegen.triton.running import import_package
-repair()
+device = sys.argv[2]
+if device == "cpu":
+    repair()
 package = import_package(Path(sys.argv[1]))
-block = package.load_layer(0)
+block = package.load_layer(0, device)
 kernels, reference = package.blocks.KERNELS[0], package.blocks.REFERENCES[0]
 names = package.blocks.weight_names(kernels)
 weights = {{name: getattr(block, name) for name in names}}
 generator = torch.Generator().manual_seed(0)
 for tokens in (1, 9):
-    rows = torch.randn(tokens, {hidden}, generator=generator)
-    ids = torch.tensor([[2, 2, 4]]).expand(tokens, 3).contiguous()
-    gates = torch.rand(tokens, 3, generator=generator)
+    rows = torch.randn(tokens, {hidden}, generator=generator).to(device)
+    ids = torch.tensor([[2, 2, 4]], device=device).expand(tokens, 3).contiguous()
+    gates = torch.rand(tokens, 3, generator=generator).to(device)
     gates[0, 1] = 0.0
     y = package.blocks.OPERATORS[0][1](rows, ids, gates, list(weights.values()))
     assert (y - reference.experts(rows, ids, gates, weights)).abs().max() < 1e-5, tokens
@@ -65,10 +70,11 @@ print("equal")
 """
 
 
-def _run(program: str, package: Path) -> None:
+def _run(program: str, package: Path, place: Place) -> None:
+    interpreted = place is Place.INTERPRETER
     done = subprocess.run(
-        [sys.executable, "-c", program.format(hidden=HIDDEN), str(package)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-c", program.format(hidden=HIDDEN), str(package), "cpu" if interpreted else "cuda"],
+        env={**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"},
         capture_output=True,
         text=True,
         check=False,
@@ -77,15 +83,17 @@ def _run(program: str, package: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_expert_in_several_slots_of_a_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_an_expert_in_several_slots_of_a_token(place: Place, tmp_path: Path) -> None:
     kinds = [(dense(HIDDEN, 16), (0, 1, 2, 3))]
     case = Case("aliases", kinds, (0, 1, 2, 3, 2), Routing(k=3))
     emit_triton(build([case]), tmp_path, element=Element.FLOAT32)
-    _run(DUPLICATES, tmp_path / PACKAGE_NAME)
+    _run(DUPLICATES, tmp_path / PACKAGE_NAME, place)
 
 
 @pytest.mark.slow
-def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_offsets_beyond_32_bits(place: Place, tmp_path: Path) -> None:
     kinds = [(dense(HIDDEN, 16, name="narrow"), (0, 2)), (dense(HIDDEN, 32, name="wide"), (1, 3))]
     emit_triton(build([Case("ragged", kinds)]), tmp_path, element=Element.FLOAT16)
-    _run(PROGRAM, tmp_path / PACKAGE_NAME)
+    _run(PROGRAM, tmp_path / PACKAGE_NAME, place)

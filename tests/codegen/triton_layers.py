@@ -45,6 +45,8 @@ HIDDEN = 32
 WITH_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 PLACES = [pytest.param(place, marks=[WITH_GPU] * (place is Place.GPU), id=place.name.lower()) for place in Place]
 """Where a test runs kernels."""
+DEVICES = ["cpu", pytest.param("cuda", marks=WITH_GPU)]
+"""Where a test runs operators: in torch on a CPU, by kernels on a GPU."""
 
 
 def four_experts(width: int = 48) -> list[tuple[Kind, tuple[int, ...]]]:
