@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PAGE = 4096
 LARGE_PAGE = 65536  # granularity of memory maps on Windows
 LARGE = 1 << 20
+PAGED = 1 << 16  # below it, what is left of a page would be more than a sixteenth of the tensor
 ALIGNMENT = 64  # what vector instructions read at once
 
 
@@ -64,11 +65,14 @@ class Placement:
 
 
 def lay_out(tensors: Sequence[StoredTensor], location: str) -> tuple[Placement, ...]:
-    """Offsets of the tensors one after another, those of a page or more aligned so that runtimes can map them."""
+    """Offsets of the tensors one after another, those of `PAGED` bytes or more on pages of their own.
+
+    Runtimes map smaller ones, too, with what else is on their pages.
+    """
     placements = []
     end = 0
     for tensor in tensors:
-        alignment = LARGE_PAGE if tensor.nbytes >= LARGE else PAGE if tensor.nbytes >= PAGE else ALIGNMENT
+        alignment = LARGE_PAGE if tensor.nbytes >= LARGE else PAGE if tensor.nbytes >= PAGED else ALIGNMENT
         offset = -(-end // alignment) * alignment
         placements.append(Placement(location, offset, tensor.nbytes))
         end = offset + tensor.nbytes
