@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.experts import (
+    DenseLayer,
     FeedForward,
     MoeLayer,
     UnreadableExpertError,
+    find_dense_layers,
     find_moe_layers,
     find_unreadable,
     load_expert,
+    replace_dense,
 )
 from moec.ir import Operation
 from moec.passes.neuron_pruning.scores import Criterion, NeuronScorer
 from moec.passes.neuron_pruning.selection import Scope, ScoredExpert, select_neurons
-from moec.passes.neuron_pruning.slicing import cut_layer, slicing_problem
+from moec.passes.neuron_pruning.slicing import cut_layer, load_sliceable, slice_neurons, slicing_problem
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 
 
@@ -34,7 +38,8 @@ class PruneMicroExperts(Pass):
        where the criterion is measured, so that it keeps `min-width` neurons. With `min-width=0` it may become a
        constant, its bias, or nothing at all; a layer keeps at least one neuron.
 
-    Shared experts, which every token runs, are left alone. CAMERA: AAAI 2026; its alpha of 0.9 or 1 was never better.
+    With `shared` the neurons of shared experts, which every token runs, are ranked together with those of their
+    layer's experts, as CAMERA does. CAMERA: AAAI 2026; its alpha of 0.9 or 1 was never better.
     """
 
     claim: ClassVar[Claim] = Claim.LOSSY
@@ -50,6 +55,7 @@ class PruneMicroExperts(Pass):
     alpha: float = option("camera: weight of the largest activation against the sum of squares", 0.0)
     round_to: int = option("widths become multiples of this, upwards", 1)
     min_width: int = option("neurons that each expert keeps at least", 1)
+    shared: bool = option("rank the neurons of shared experts, too", False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -60,6 +66,8 @@ class PruneMicroExperts(Pass):
             raise ValueError("round-to must be at least 1")
         if self.min_width < 0:
             raise ValueError("min-width must not be negative")
+        if self.shared and not self.min_width:
+            raise ValueError("shared experts keep at least one neuron: min-width must not be 0")
 
     def run(self, op: Operation, context: PassContext) -> None:
         weights = context.require_weights()
@@ -69,8 +77,11 @@ class PruneMicroExperts(Pass):
             context.refuse(left.op, left.reason, self.pass_name)
         scored: list[ScoredExpert] = []
         layers = find_moe_layers(op)
+        beside = self._beside(op, layers, context) if self.shared else {}
         for layer in layers:
             scored += self._score(layer, scorer, context)
+            for place, (_, block) in enumerate(beside.get(layer.name, ()), layer.expert_count):
+                scored.append(ScoredExpert(layer.name, place, scorer.scores_beside(layer, block)))
         kept = select_neurons(scored, self.ratio, self.scope, round_to=self.round_to, min_width=self.min_width)
         for layer in layers:
             widths = {item.expert: item.width for item in scored if item.layer == layer.name}
@@ -79,7 +90,28 @@ class PruneMicroExperts(Pass):
             }
             self._report(layer, context, widths, {number: neurons.numel() for number, neurons in chosen.items()})
             chosen = {number: neurons for number, neurons in chosen.items() if neurons.numel() < widths[number]}
+            for place, (dense, block) in enumerate(beside.get(layer.name, ()), layer.expert_count):
+                if place in chosen:
+                    replace_dense(dense, weights, slice_neurons(block, chosen.pop(place)))
             cut_layer(layer, weights, chosen)
+
+    def _beside(
+        self, op: Operation, layers: Sequence[MoeLayer], context: PassContext
+    ) -> dict[str, list[tuple[DenseLayer, FeedForward]]]:
+        """The shared experts of each layer whose neurons can be cut."""
+        found: dict[str, list[tuple[DenseLayer, FeedForward]]] = {layer.name: [] for layer in layers}
+        names = {layer.experts: layer.name for layer in layers}
+        for dense in find_dense_layers(op):
+            experts = dense.experts_beside
+            if experts is None or experts not in names:
+                continue
+            if dense.is_weighted:
+                context.refuse(dense.op, "its output has a gate of its own, which the calibration knows nothing of")
+                continue
+            block = load_sliceable(dense, context, self.pass_name)
+            if block is not None:
+                found[names[experts]].append((dense, block))
+        return found
 
     def _score(self, layer: MoeLayer, scorer: NeuronScorer, context: PassContext) -> list[ScoredExpert]:
         """The scores of all experts of a layer that have neurons which can be cut."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,17 +40,30 @@ class DenseLayer:
     @property
     def is_beside_experts(self) -> bool:
         """Whether it stands beside routed experts as a shared one: both read the same rows."""
+        return self.experts_beside is not None
+
+    @property
+    def experts_beside(self) -> ExpertsOp | None:
+        """The routed experts that read the same rows."""
         source = self.op.x
         while source.defining_op is not None and source.defining_op.name == _VIEW:
             source = source.defining_op.operands[0]
-        frontier = [source]
-        while frontier:
-            for user in frontier.pop().users:
-                if isinstance(user, ExpertsOp):
-                    return True
-                if user.name == _VIEW:
-                    frontier.extend(user.results)
-        return False
+        return next((user for user in _readers(source) if isinstance(user, ExpertsOp)), None)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether its output is multiplied by something, such as a gate, before it is added to others."""
+        return any(user.name.startswith("aten.mul.") for user in _readers(self.op.y))
+
+
+def _readers(value: Value) -> Iterator[Operation]:
+    """What reads a value, other shapes of it included."""
+    for user in value.users:
+        if user.name == _VIEW:
+            for result in user.results:
+                yield from _readers(result)
+        else:
+            yield user
 
 
 _VIEW = "aten.view.default"

@@ -88,7 +88,33 @@ class NeuronScorer:
                 sample = self._rows(layer)
                 if sample.gradient is None:
                     raise self._without_gradients(layer)
-                return gradient_scores(layer, sample, number, expert, self.criterion)
+                return gradient_scores(sample, *sample.chosen(layer, number), expert, self.criterion)
+
+    def scores_beside(self, layer: MoeLayer, block: FeedForward) -> torch.Tensor:
+        """As `scores`, of a block beside the experts of a layer that every token runs with gate 1.
+
+        Sums are those over the calibration's sample, scaled to all tokens where those of experts are over all.
+        """
+        if self.criterion is Criterion.RANDOM or self.criterion is Criterion.MAGNITUDE:
+            return self.scores(layer, -1, block)
+        sample = self._rows(layer)
+        if self.criterion.reads_sums:
+            sums = self._sums(layer)
+            squares, largest = torch.zeros(2, block.width, dtype=torch.float64).unbind()
+            for start in range(0, len(sample), _CHUNK_ROWS):
+                phi = block.hidden_activations(sample.x[start : start + _CHUNK_ROWS].float()).double()
+                squares += phi.square().sum(0)
+                largest = torch.maximum(largest, phi.abs().amax(0))
+            squares *= sums.tokens / max(len(sample), 1)
+            if self.criterion is Criterion.CAMERA:
+                return column_energy(block.down) * ((1 - self._alpha) * squares + self._alpha * largest.square())
+            if sums.layer_gradient_energy is None:
+                raise self._without_gradients(layer)
+            return sums.layer_gradient_energy * column_energy(block.down) * squares
+        if sample.gradient is None:
+            raise self._without_gradients(layer)
+        gates = torch.ones(len(sample), dtype=torch.float64)
+        return gradient_scores(sample, torch.arange(len(sample)), gates, block, self.criterion)
 
     def tokens(self, layer: MoeLayer, number: int) -> int | None:
         """How many calibration tokens chose a stored expert; None for a criterion that is not measured."""
@@ -142,12 +168,15 @@ def column_energy(projection: Projection) -> torch.Tensor:
 
 
 def gradient_scores(
-    layer: MoeLayer, sample: LayerSample, number: int, expert: FeedForward, criterion: Criterion
+    sample: LayerSample, rows: torch.Tensor, gates: torch.Tensor, expert: FeedForward, criterion: Criterion
 ) -> torch.Tensor:
-    """`heapr`, `heapr-sum`, `fisher` or `taylor` scores [m] of a stored expert, float64; 0 without tokens."""
+    """`heapr`, `heapr-sum`, `fisher` or `taylor` scores [m] of an expert, float64; 0 without tokens.
+
+    `rows` int64 [n] of the sample chose it with `gates` float64 [n].
+    """
     activation, slope, product, signed = torch.zeros(4, expert.width, dtype=torch.float64).unbind()
     tokens = 0
-    for phi, towards in _neuron_gradients(layer, sample, number, expert):
+    for phi, towards in _neuron_gradients(sample, rows, gates, expert):
         tokens += len(phi)
         activation += phi.square().sum(0)
         slope += towards.square().sum(0)
@@ -166,11 +195,10 @@ def gradient_scores(
 
 
 def _neuron_gradients(
-    layer: MoeLayer, sample: LayerSample, number: int, expert: FeedForward
+    sample: LayerSample, rows: torch.Tensor, gates: torch.Tensor, expert: FeedForward
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(φ, g ∇·D) [rows, m] in float64 for the rows that chose the expert, in parts."""
+    """(φ, g ∇·D) [n, m] in float64, in parts."""
     assert sample.gradient is not None
-    rows, gates = sample.chosen(layer, number)
     down = expert.down.dense().double()
     for start in range(0, len(rows), _CHUNK_ROWS):
         part, gate = rows[start : start + _CHUNK_ROWS], gates[start : start + _CHUNK_ROWS]

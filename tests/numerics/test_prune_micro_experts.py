@@ -13,13 +13,17 @@ from moec.errors import UsageError
 from moec.experts import (
     Constant,
     Dense,
+    DenseLayer,
     FeedForward,
     LowRank,
     MoeLayer,
     Projection,
+    find_dense_layers,
     find_moe_layers,
+    load_dense,
     load_expert,
     protect_experts,
+    replace_dense,
     replace_experts,
 )
 from moec.module import Module
@@ -251,6 +255,78 @@ def test_experts_that_no_token_chose_are_reported_and_keep_the_least_width(mixtr
     assert "no calibration token chose" in report.explanation_text()
     assert min(width for layer in widths(module) for width in layer) == 2
     assert output(module).isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Module:
+    """A block beside the experts that every token runs."""
+    folder = tmp_path_factory.mktemp("deepseek")
+    module = raised_model("deepseek_v3", folder)
+    moec.run_passes(module, calibrate_text(folder, options="gradients"))
+    return module
+
+
+def beside(module: Module) -> list[DenseLayer]:
+    return [block for block in find_dense_layers(module.op) if block.is_beside_experts]
+
+
+@pytest.mark.parametrize("criterion", ["camera", pytest.param("heapr-sum", marks=pytest.mark.slow)])
+def test_neurons_of_shared_experts_are_ranked_with_the_others(deepseek: Module, criterion: str) -> None:
+    options = f"ratio=0.5 criterion={criterion} alpha={0.5 if criterion == 'camera' else 0} shared"
+    result = pruned(deepseek, options)
+    assert deepseek.calibration is not None
+    masked = copy_of(deepseek)
+    for layer, after, old, new in zip(
+        layers_of(masked), layers_of(result), beside(masked), beside(result), strict=True
+    ):
+        whole, cut = load_dense(old, masked.weights), load_dense(new, result.weights)
+        experts = [feed_forward(layer, masked, number) for number in range(layer.expert_count)]
+        left = [feed_forward(after, result, number) for number in range(layer.expert_count)]
+        total = whole.width + sum(expert.width for expert in experts)
+        assert cut.width + sum(expert.width for expert in left) == total - total // 2
+        scorer = NeuronScorer(Criterion(criterion), deepseek.calibration, alpha=0.5 if criterion == "camera" else 0.0)
+        scores = [scorer.scores(layer, number, expert) for number, expert in enumerate(experts)]
+        scores.append(scorer.scores_beside(layer, whole))
+        kept = [kept_neurons(*pair) for pair in zip([*experts, whole], [*left, cut], strict=True)]
+        # a single neuron may be there only because an expert keeps one
+        stay = torch.cat([score[keep] for score, keep in zip(scores, kept, strict=True) if len(keep) > 1])
+        assert float(stay.min()) >= float(torch.cat(scores).sort().values[total // 2])
+        mask = torch.zeros(whole.width)
+        mask[kept[-1]] = 1.0
+        replace_dense(old, masked.weights, _masked(whole, mask))
+        masks = {number: torch.zeros(expert.width) for number, expert in enumerate(experts)}
+        for number, mask in masks.items():
+            mask[kept[number]] = 1.0
+        replace_experts(layer, masked.weights, {n: _masked(experts[n], mask) for n, mask in masks.items()})
+    assert difference(output(masked), output(result)) < 1e-12
+
+
+def _masked(expert: FeedForward, mask: torch.Tensor) -> FeedForward:
+    return replace(expert, down=replace(expert.down, matrix=Dense(expert.down.dense() * mask)))
+
+
+def test_scores_of_shared_experts_are_those_of_experts_with_gate_one(deepseek: Module) -> None:
+    assert deepseek.calibration is not None
+    layer, block = layers_of(deepseek)[0], load_dense(beside(deepseek)[0], deepseek.weights)
+    sample = deepseek.calibration.sample(layer)
+    phi = block.hidden_activations(sample.x.float()).double()
+    columns = block.down.dense().double()
+    scale = deepseek.calibration.statistics(layer).tokens / len(sample)
+    expected = columns.square().sum(0) * phi.square().sum(0) * scale
+    found = NeuronScorer(Criterion.CAMERA, deepseek.calibration).scores_beside(layer, block)
+    torch.testing.assert_close(found, expected)
+    assert sample.gradient is not None
+    along = sample.gradient.double() @ columns
+    found = NeuronScorer(Criterion.FISHER, deepseek.calibration).scores_beside(layer, block)
+    torch.testing.assert_close(found, (along * phi).square().sum(0))
+
+
+@pytest.mark.slow
+def test_a_shared_expert_behind_a_gate_is_left(tmp_path: Path) -> None:
+    module = raised_model("qwen2_moe", tmp_path)
+    report = moec.run_passes(module, f"{calibrate_text(tmp_path)},prune-micro-experts{{ratio=0.5 shared}}")
+    (refusal, *_) = report.records[-1].refusals
+    assert "a gate of its own" in str(refusal)
 
 
 def test_low_rank_experts_are_cut_and_shared_bases_are_left(mixtral: Module) -> None:
