@@ -114,6 +114,20 @@ def test_one_action_costs_what_its_table_says(kind: ActionKind, folder: Path, tm
     assert before - expert_bytes(module) == table.offers[0].bytes - offer.bytes - base
 
 
+def test_codes_of_the_last_matrix_may_have_the_next_number_of_bits(folder: Path, tmp_path: Path) -> None:
+    module = calibrated(folder, tmp_path)
+    assert module.calibration is not None
+    coded = frozenset({ActionKind.QUANTIZE})
+    settings = TableSettings(coded, 1, (), 0, Distortion.MSE, OutputDType.FLOAT32, refit=True, bits=(4, 2), group=16)
+    layer = find_moe_layers(module.op)[1]
+    for table in layer_table(layer, module.calibration, settings).experts:
+        offers = {(offer.action.bits, offer.action.down_bits): offer for offer in table.offers[1:]}
+        assert sorted(offers) == [(2, 2), (2, 4), (4, 4)]
+        falling = [offers[key].distortion for key in sorted(offers)]
+        assert falling == sorted(falling, reverse=True) and falling[-1] > 0
+        assert [offers[key].bytes for key in sorted(offers)] == sorted(offers[key].bytes for key in offers)
+
+
 @pytest.mark.parametrize(
     "distortion", [Distortion.MSE, Distortion.SENSITIVITY, Distortion.CURVATURE, Distortion.FISHER]
 )
