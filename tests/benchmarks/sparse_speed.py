@@ -1,9 +1,9 @@
 """Speed of a dense model that became one of experts: `python -m tests.benchmarks.sparse_speed`.
 
-A Llama decoder of 4 layers (hidden 1024, width 4096, vocabulary 256) is compiled as it is, and as 8 experts of which a
-token chooses 4 or 2, for both targets. Each round runs each artifact once, on fresh tokens; times are CPU seconds of
-the measuring thread, ratios are of medians in one run. The experts' own share is told from that of attention by a
-decoder with next to no feed-forward block.
+A Llama decoder of 4 layers (hidden 1024, width 4096, vocabulary 256) is compiled as it is, as 8 experts of which a
+token chooses 4 or 2, for both targets, and with a share of the neurons for each token (`sparsify-ffn`). Each round runs
+each artifact once, on fresh tokens; times are CPU seconds of the measuring thread, ratios are of medians in one run.
+The experts' own share is told from that of attention by a decoder with next to no feed-forward block.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ CHOICES = (4, 2)
 TOKEN_COUNTS = (1, 16, 128, 512)
 TARGETS = ("portable", "ort-cpu")
 DENSE, NO_MLP = "dense", "without feed-forward"
+NEURONS = {
+    "best 25 % of neurons": "sparsify-ffn{keep=0.25}",
+    "best 8 % of neurons": "sparsify-ffn{keep=0.08}",
+    "predicted 8 % of neurons": "calibrate{tokens=$ids length=64},sparsify-ffn{keep=0.08 predictor-rank=32}",
+}
+"""Pipelines for the target ort-cpu; `$ids` is a file of random tokens."""
 
 
 @dataclass
@@ -59,7 +65,7 @@ def subject_name(k: int, target: str) -> str:
 
 
 def make_artifacts(folder: Path) -> dict[str, Path]:
-    """The ONNX file of each subject."""
+    """The ONNX file of each subject, compiled where `folder` has none."""
     torch.manual_seed(0)
     sources = {}
     for name, width in ((DENSE, WIDTH), (NO_MLP, 8)):
@@ -82,14 +88,22 @@ def make_artifacts(folder: Path) -> dict[str, Path]:
             )
             name = subject_name(k, target)
             models[name] = _compile(sources[DENSE], folder / name, ["--target", target, "--pipeline", pipeline])
+    ids = folder / "ids.npy"
+    np.save(ids, np.random.default_rng(0).integers(0, VOCABULARY, (32, 64)))
+    for name, pipeline in NEURONS.items():
+        options = ["--target", "ort-cpu", "--pipeline", pipeline.replace("$ids", str(ids))]
+        models[name] = _compile(sources[DENSE], folder / name, options)
     return models
 
 
 def _compile(source: Path, output: Path, options: list[str]) -> Path:
+    model = output / "onnx" / "model.onnx"
+    if model.is_file():
+        return model
     command = ["compile", str(source), "-o", str(output), "--check", "none", "--no-verify", *options]
     store = ["--store", str(output.parent / "store")]
     subprocess.run([sys.executable, "-m", "moec", *command, *store], check=True, stdout=subprocess.DEVNULL)
-    return output / "onnx" / "model.onnx"
+    return model
 
 
 def measure(folder: Path, rounds: int) -> SparseTimes:
@@ -130,8 +144,10 @@ def main() -> None:
     """Reads the command line, measures and prints."""
     parser = argparse.ArgumentParser(description="Speed of a dense model as experts, one thread.")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--artifacts", type=Path, help="where artifacts are kept for another run")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        print(table(measure(Path(scratch), parser.parse_args().rounds)))
+        print(table(measure(arguments.artifacts or Path(scratch), arguments.rounds)))
 
 
 if __name__ == "__main__":

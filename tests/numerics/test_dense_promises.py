@@ -17,8 +17,9 @@ from moec.dialects.builtin import WeightOp
 from moec.errors import MoecError
 from moec.ir import DType, TensorType, structural_difference
 from moec.module import Module
+from moec.reference.executor import Executor
 from tests.codegen.running import emit_and_run
-from tests.experts.models import calibrate_text, copy_of, output, raised_model
+from tests.experts.models import calibrate_text, copy_of, difference, output, raised_model
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +60,19 @@ def test_equal_inputs_give_equal_models_of_finite_numbers(llama: Module, pipelin
     one, again = changed(llama, pipeline), changed(llama, pipeline)
     assert one.print() == again.print()
     assert output(one).isfinite().all()
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_what_else_is_in_the_batch_changes_nothing(llama: Module, pipeline: str) -> None:
+    module = changed(llama, pipeline)
+    feeds = function_inputs(module.main, token_batch(module, rows=2, length=24))
+    executor = Executor(module.op, module.weights, dtype=torch.float64)
+    with torch.no_grad():
+        together = executor.run(feeds)["logits"]
+        for row in range(2):
+            alone = executor.run({name: value[row : row + 1] for name, value in feeds.items()})["logits"]
+            real = feeds["attention_mask"][row].bool()
+            assert difference(together[row][real], alone[0][real]) < 1e-9
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
