@@ -4,10 +4,10 @@
     python -m tests.quality.packed_models --model demo --rows 4,3  # some
     python -m tests.quality.packed_models --artifacts FOLDER       # artifacts stay there, and are not made again
 
-The demo model, SmolLM2-135M with its blocks cut into 8 experts of which 4 are chosen, and all-MiniLM-L6-v2. Experts
-take the recipes `best4`, `best3` and `best2`; mixed bits are those that `mxmoe-like` chooses. The encoder has no
-experts: all of its weights are packed, its blocks by GPTQ; mixed bits are 8 for attention and embeddings and 3 for
-blocks.
+The demo model, SmolLM2-135M with its blocks cut into 8 experts of which 4 are chosen (the recipe `best` for dense
+models), and all-MiniLM-L6-v2. Experts take the recipes `best4`, `best3` and `best2`; mixed bits are those that
+`mxmoe-like` chooses. The encoder has no experts: all of its weights are packed, its blocks by GPTQ; mixed bits are 8
+for attention and embeddings and 3 for blocks.
 
 Loss is nats per token of held-out text through the artifact's cache; for the encoder it is the mean of 1 - cosine to
 the float32 embeddings of sentences. Agreement is the share of a token's experts that the routers of source and artifact
@@ -85,7 +85,7 @@ def _encoder() -> dict[str, tuple[str, ...]]:
     return {FLOAT: (), **rows}
 
 
-_CUT = "factorize{experts=8 k=4},"
+_CUT = f"{find_recipe('best', ModelKind.DENSE).text()},"
 SUBJECTS = {
     "demo": Subject(
         lambda: REPOSITORY / "examples" / "models" / "tiny-moe", EXAMPLE_TEXTS / "kjv.heldout.txt", _experts()
