@@ -8,7 +8,7 @@ and launches `entry` with the grid that `launch.py` computes for the kernel of t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from moec.codegen.triton.architectures import Architecture
 BINARIES_FOLDER = "binaries"
 BINARIES_FILE = "kernels.json"
 SCRATCH_POINTERS = 2
-"""Memory for all programs and for profiling, which Triton 3.7 to 3.9 append to every kernel and these do not use."""
+"""Memory for all programs and for profiling, which Triton 3.9 appends to every kernel and these do not use."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,12 @@ class BinaryRow:
     shared_bytes: int
 
 
-def write_binaries(
-    package: Package,
-    architectures: Sequence[Architecture],
-    folder: Path,
-    progress: Callable[[str], None] = lambda step: None,
-) -> None:
+def write_binaries(package: Package, architectures: Sequence[Architecture], folder: Path) -> None:
     """Writes the binaries of all kernels, and `BINARIES_FILE`, into a new folder. Raises as `compile_launch`."""
     rows = []
     for architecture in architectures:
         (folder / architecture.name).mkdir(parents=True)
         for launch in package.launches(architecture):
-            progress(f"{launch.name} for {architecture.name}")
             found = compile_launch(launch, architecture, package.element)
             file = f"{architecture.name}/{_stem(launch)}.{'cubin' if architecture.is_nvidia else 'hsaco'}"
             (folder / file).write_bytes(found.binary)

@@ -82,7 +82,7 @@ class MatrixFormat:
     @property
     def parts(self) -> int:
         """Groups with a scale of their own in one step of the loop over a packed row."""
-        return self.step // self.scale_columns if 0 < self.scale_columns < self.step else 1
+        return self.plane_block // self.scale_columns if 0 < self.scale_columns < self.plane_block else 1
 
     @property
     def unit(self) -> int:
@@ -98,10 +98,15 @@ class MatrixFormat:
         """Whether `zero_code` is taken off the sums of products instead of each number."""
         return self.planes > 1 and not self.two_levels and (element.nbytes == 2 or self.zero_points)
 
-    @property
-    def step(self) -> int:
-        """Columns that one step of the loop over a packed row takes."""
-        return min(PLANE_BLOCK, self.scale_columns or PLANE_BLOCK) if self.bits == 8 else self.plane_block
+    def step(self, element: Element) -> int:
+        """Columns that one step of the loop over a packed row takes.
+
+        Without matrix instructions, numbers of a whole step lie in registers.
+        """
+        if self.bits != 8:
+            return self.plane_block
+        most = PLANE_BLOCK if element.nbytes == 2 else 32
+        return min(most, self.scale_columns or most)
 
     def decoder(self, element: Element) -> str:
         """The name of the function that makes numbers of the codes of one plane."""

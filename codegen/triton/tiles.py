@@ -55,7 +55,7 @@ def tile_for(kind: LayerKind, phase: Phase, product: Product, wanted: Architectu
     if any(item.two_levels for item in product.formats):
         # the sum of sizes is a second result
         tile = replace(tile, block_n=min(tile.block_n, 32))
-    if not wide and phase is not Phase.MANY and any(item.parts > 1 or item.zero_points for item in product.formats):
+    if not wide and phase is not Phase.MANY and product.scaled:
         # products without matrix instructions hold whole rows in registers
         tile = replace(tile, block_n=16, warps=4)
     if wide and phase is not Phase.SLOTS and len(product.formats) > 1 and len(product.results) > 1:
@@ -73,7 +73,7 @@ def shared_memory(kind: LayerKind, product: Product, tile: Tile) -> int:
     """Bytes that the pipeline of the widest format holds at once; an upper bound of what the compiler takes."""
     largest = 0
     for item in product.formats:
-        depth = item.step if item.packed else tile.block_k
+        depth = item.step(kind.element) if item.packed else tile.block_k
         weight_bytes = item.bits / 8 if item.packed else kind.element.nbytes
         weights = len(product.results) * tile.block_n * depth * weight_bytes
         rows = tile.block_m * depth * kind.element.nbytes
