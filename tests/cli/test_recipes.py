@@ -98,6 +98,9 @@ def test_the_source_decides_between_recipes_of_one_name() -> None:
     assert [model_shape(folder).kind for folder in (DENSE_MODEL, DEMO_MODEL)] == [DENSE, MOE]
     options = CompileOptions(recipe="best")
     assert "solve-budget" in options.requested_pipeline(MOE)
+    assert "bits" not in str(Pipeline.parse(options.requested_pipeline(MOE)))
+    coded = CompileOptions(recipe="best{bits=4,3,2}", budget="25%").requested_pipeline(MOE)
+    assert "bytes=25%" in coded and "bits=4,3,2" in str(Pipeline.parse(coded))
     made = str(Pipeline.parse(options.requested_pipeline(DENSE)))
     assert "factorize{experts=8 uneven=pad}" in made and "set-routing{k=4 combine=softmax" in made
     other = str(Pipeline.parse(CompileOptions(recipe="best{experts=16 k=2}").requested_pipeline(DENSE)))
@@ -112,7 +115,8 @@ def test_the_source_decides_between_recipes_of_one_name() -> None:
         (CompileOptions(budget="50%"), DENSE, ("this model has none", "--recipe 'best{k=2}'")),
         (CompileOptions(recipe="best", budget="50%"), DENSE, ("does not shrink", "experts, k, sequences, length")),
         (CompileOptions(recipe="best{kk=4}"), DENSE, ("no parameter 'kk'", "did you mean 'k'")),
-        (CompileOptions(recipe="best{k=2}"), MOE, ("no parameter 'k'", "moec passes best")),
+        (CompileOptions(recipe="best{k=2}"), MOE, ("no parameter 'k'", "bits")),
+        (CompileOptions(recipe="reap{k=2}"), MOE, ("no parameter 'k'", "moec passes reap")),
     ],
 )
 def test_recipes_for_other_models_are_refused(
