@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from moec.budget.actions import ActionKind
-from moec.budget.coding import Coder, codable, coded_inputs
+from moec.budget.coding import Coder, coded_inputs
 from moec.budget.offers import constant_output, factored
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, read_plan
 from moec.budget.shared_base import SharedBase, shared_base
@@ -27,7 +27,7 @@ from moec.experts import (
     replace_experts,
 )
 from moec.ir import Operation
-from moec.passes.factoring.sides import Basis, Norms
+from moec.passes.factoring.sides import Basis, Norms, has_dense_matrices
 from moec.passes.neuron_pruning.slicing import slice_neurons
 from moec.passes.quantizing.inputs import ExpertInputs
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
@@ -143,7 +143,7 @@ def _changed(
 
 
 def _coded(source: Expert, changed: Expert, row: ExpertPlan, plan: BudgetPlan, inputs: ExpertInputs) -> FeedForward:
-    if not isinstance(source, FeedForward) or not isinstance(changed, FeedForward) or not codable(changed):
+    if not isinstance(source, FeedForward) or not isinstance(changed, FeedForward) or not has_dense_matrices(changed):
         where = f"{inputs.layer.name}, expert {row.expert}"
         raise UsageError("the plan packs matrices that are packed or factored already", where=where)
     coder = Coder.of(source, inputs, row.expert, plan.group, refit=plan.refit)

@@ -18,16 +18,11 @@ _ROUNDS = 1
 """Rounds of descent behind GPTQ. More of them take longer for all that is offered, and gain little."""
 
 
-def codable(expert: FeedForward) -> bool:
-    """Whether all matrices are plain."""
-    found = [item for side in Side if (item := projection(expert, side)) is not None]
-    return all(isinstance(item.matrix, Dense) for item in found)
-
-
 @dataclass(frozen=True)
 class Coder:
     """Makes codes of what is left of one expert, the product that gives its output last."""
 
+    where: str
     rounding: SecondOrder = field(repr=False)
 
     @staticmethod
@@ -44,7 +39,8 @@ class Coder:
             return FormatOptions(bits=bits, group=size, scales=ScaleType.F16).target()
 
         options = SecondOrderOptions(target, _DAMPING, rounds=_ROUNDS, refit=refit)
-        return Coder(SecondOrder(options, source, *inputs.rows(number)))
+        where = f"{inputs.layer.name}, expert {number}"
+        return Coder(where, SecondOrder(options, source, *inputs.rows(number)))
 
     def inner(self, expert: FeedForward, bits: int) -> FeedForward:
         """With all matrices but the last one in codes."""
@@ -61,7 +57,7 @@ class Coder:
         if found is None:
             return expert
         assert isinstance(found.matrix, Dense)
-        packed = self.rounding(Part(found.matrix.weight, expert, side, f"{side.value} of an expert", bits))
+        packed = self.rounding(Part(found.matrix.weight, expert, side, f"{self.where}, {side.value}", bits))
         matrices: dict[Side, Matrix] = {side: Quantized(packed)}
         return with_matrices(expert, matrices)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moec.budget.actions import Action, ActionKind, Offer
-from moec.budget.coding import Coder, codable
+from moec.budget.coding import Coder
 from moec.budget.elimination import eliminate
 from moec.budget.local_fit import left_by_fit
 from moec.budget.measure import Distortion, ErrorMeasure
@@ -16,7 +16,7 @@ from moec.budget.shared_base import SharedBase, ranks_of
 from moec.experts import Constant, Dense, Expert, FeedForward, LowRank, Projection, Quantized
 from moec.experts.bodies import operands_of
 from moec.passes.factoring.decomposition import decompose, saves
-from moec.passes.factoring.sides import Norms, Side, dense_matrix, projection, with_matrices
+from moec.passes.factoring.sides import Norms, Side, dense_matrix, has_dense_matrices, projection, with_matrices
 from moec.passes.merging.layer_fit import fitted_features
 from moec.passes.neuron_pruning.slicing import slice_neurons, slicing_problem
 from moec.weights.output_type import OutputDType
@@ -161,7 +161,7 @@ def _coded(
     The last matrix has as many bits as the others, or the next number: what they lose it makes up for in part, but
     nothing makes up for what it loses. More bits are not tried where codes add little to what the action costs.
     """
-    if ActionKind.QUANTIZE not in settings.actions or seen.coder is None or not codable(smaller):
+    if ActionKind.QUANTIZE not in settings.actions or seen.coder is None or not has_dense_matrices(smaller):
         return []
     outputs = expert.apply(seen.inputs)
     offers: list[Offer] = []
