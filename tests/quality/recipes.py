@@ -45,9 +45,11 @@ class Recipe:
 
 def _published(name: str, family: Family) -> Recipe:
     """A recipe of `moec compile --recipe`, without the calibration in front of it."""
-    calibrate, _, rest = find_recipe(name, ModelKind.MOE).pipeline.partition(",")
+    found = find_recipe(name, ModelKind.MOE)
+    calibrate, _, rest = found.pipeline.partition(",")
     assert calibrate.startswith("calibrate")
-    return Recipe(name, family, Template(" ".join(rest.split())).safe_substitute(dtype="float32"))
+    given = {**found.parameters, "dtype": "float32"}
+    return Recipe(name, family, Template(" ".join(rest.split())).safe_substitute(given))
 
 
 KEEP_ALL = Recipe("keep all", Family.BASELINE, "canonicalize")
