@@ -42,11 +42,13 @@ def test_groups_lose_less_than_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bands_by_energy(name: str) -> None:
-    """CAMERA: 8, 4 and 2 bits by energy cost less than the same bits the other way round, and 2 bits for all."""
+    """CAMERA: 8, 4 and 2 bits by energy cost less than the same bits the other way round; 4, 3 and 2 no more than 3."""
     bands = "allocate-bits{{unit=micro bits={} shares={} group=16}},quantize{{planned group=16}}"
     by_energy = increases(name, bands.format("8,4,2", "0.1,0.3,0.6"))
     reverse = increases(name, bands.format("2,4,8", "0.6,0.3,0.1"))
     assert (by_energy < 0.8 * reverse).all()
+    mixed = increases(name, bands.format("4,3,2", "0.25,0.5,0.25"))
+    assert (mixed <= increases(name, "quantize{bits=3 group=16}")).all()
 
 
 @pytest.mark.parametrize("name", MODELS)
