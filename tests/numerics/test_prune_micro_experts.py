@@ -365,6 +365,7 @@ def test_low_rank_experts_are_cut_and_shared_bases_are_left(mixtral: Module) -> 
         ("ratio=0.5 alpha=2", "alpha 2 is not within"),
         ("ratio=0.5 round-to=0", "round-to must be at least 1"),
         ("ratio=0.5 min-width=-1", "min-width must not be negative"),
+        ("ratio=0.5 shared min-width=0", "shared experts keep at least one neuron"),
     ],
 )
 def test_options_that_cannot_be(mixtral: Module, options: str, message: str) -> None:
