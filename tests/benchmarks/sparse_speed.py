@@ -35,9 +35,8 @@ DENSE, NO_MLP = "dense", "without feed-forward"
 NEURONS = {
     "best 25 % of neurons": "sparsify-ffn{keep=0.25}",
     "best 8 % of neurons": "sparsify-ffn{keep=0.08}",
-    "predicted 8 % of neurons": "calibrate{tokens=$ids length=64},sparsify-ffn{keep=0.08 predictor-rank=32}",
 }
-"""Pipelines for the target ort-cpu; `$ids` is a file of random tokens."""
+"""Pipelines for the target ort-cpu."""
 
 
 @dataclass
@@ -88,11 +87,8 @@ def make_artifacts(folder: Path) -> dict[str, Path]:
             )
             name = subject_name(k, target)
             models[name] = _compile(sources[DENSE], folder / name, ["--target", target, "--pipeline", pipeline])
-    ids = folder / "ids.npy"
-    np.save(ids, np.random.default_rng(0).integers(0, VOCABULARY, (32, 64)))
     for name, pipeline in NEURONS.items():
-        options = ["--target", "ort-cpu", "--pipeline", pipeline.replace("$ids", str(ids))]
-        models[name] = _compile(sources[DENSE], folder / name, options)
+        models[name] = _compile(sources[DENSE], folder / name, ["--target", "ort-cpu", "--pipeline", pipeline])
     return models
 
 
