@@ -147,4 +147,4 @@ def _coded(source: Expert, changed: Expert, row: ExpertPlan, plan: BudgetPlan, i
         where = f"{inputs.layer.name}, expert {row.expert}"
         raise UsageError("the plan packs matrices that are packed or factored already", where=where)
     coder = Coder.of(source, inputs, row.expert, plan.group, refit=plan.refit)
-    return coder.outer(coder.inner(changed, row.bits), row.down_bits)
+    return coder.outer(coder.inner(changed, row.bits, row.neurons), row.down_bits)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moec.calibration.sample import LayerSample
-from moec.experts import Dense, FeedForward, Matrix, MoeLayer, Quantized
+from moec.experts import Dense, FeedForward, MoeLayer, Quantized
 from moec.passes.factoring.sides import Side, projection, with_matrices
 from moec.passes.quantizing.blocks import Part
 from moec.passes.quantizing.choices import FormatOptions, ScaleType
 from moec.passes.quantizing.inputs import ExpertInputs, Policy
 from moec.passes.quantizing.second_order import SecondOrder, SecondOrderOptions
+from moec.quantization.packed import Packed
 from moec.quantization.rounding import Target
 
 _DAMPING = 0.01
@@ -20,10 +22,14 @@ _ROUNDS = 1
 
 @dataclass(frozen=True)
 class Coder:
-    """Makes codes of what is left of one expert, the product that gives its output last."""
+    """Makes codes of what is left of one expert, the product that gives its output last.
+
+    `whole` are the source's inner matrices in codes of the bits that were asked for so far.
+    """
 
     where: str
     rounding: SecondOrder = field(repr=False)
+    whole: dict[int, dict[Side, Packed]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(source: FeedForward, inputs: ExpertInputs, number: int, group: int, *, refit: bool) -> Coder:
@@ -42,24 +48,28 @@ class Coder:
         where = f"{inputs.layer.name}, expert {number}"
         return Coder(where, SecondOrder(options, source, *inputs.rows(number)))
 
-    def inner(self, expert: FeedForward, bits: int) -> FeedForward:
-        """With all matrices but the last one in codes."""
-        for side in (Side.GATE, Side.UP):
-            expert = self._coded(expert, side, bits)
-        return expert
+    def inner(self, expert: FeedForward, bits: int, neurons: Sequence[int] = ()) -> FeedForward:
+        """With all matrices but the last one in codes; the expert has these `neurons` of the source, or all.
+
+        Rows are rounded each by itself, so that those of some neurons are rows of the whole.
+        """
+        source = self.rounding.source
+        if bits not in self.whole:
+            sides = (side for side in (Side.GATE, Side.UP) if projection(source, side) is not None)
+            self.whole[bits] = {side: self._packed(source, side, bits) for side in sides}
+        packed = self.whole[bits]
+        if neurons:
+            packed = {side: item.of_rows(neurons) for side, item in packed.items()}
+        return with_matrices(expert, {side: Quantized(item) for side, item in packed.items()})
 
     def outer(self, expert: FeedForward, bits: int) -> FeedForward:
         """With the last matrix in codes, as it is best behind the others, which are as they will be."""
-        return self._coded(expert, Side.DOWN, bits)
+        return with_matrices(expert, {Side.DOWN: Quantized(self._packed(expert, Side.DOWN, bits))})
 
-    def _coded(self, expert: FeedForward, side: Side, bits: int) -> FeedForward:
+    def _packed(self, expert: FeedForward, side: Side, bits: int) -> Packed:
         found = projection(expert, side)
-        if found is None:
-            return expert
-        assert isinstance(found.matrix, Dense)
-        packed = self.rounding(Part(found.matrix.weight, expert, side, f"{self.where}, {side.value}", bits))
-        matrices: dict[Side, Matrix] = {side: Quantized(packed)}
-        return with_matrices(expert, matrices)
+        assert found is not None and isinstance(found.matrix, Dense)
+        return self.rounding(Part(found.matrix.weight, expert, side, f"{self.where}, {side.value}", bits))
 
 
 def coded_inputs(layer: MoeLayer, sample: LayerSample) -> ExpertInputs:

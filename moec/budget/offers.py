@@ -167,10 +167,11 @@ def _coded(
     offers: list[Offer] = []
     numbers = sorted(settings.bits)
     for position, bits in enumerate(numbers):
-        inner = seen.coder.inner(smaller, bits)
+        inner = seen.coder.inner(smaller, bits, neurons)
+        hidden = inner.hidden_activations(seen.inputs)
         for down_bits in numbers[position : position + 2]:
             packed = seen.coder.outer(inner, down_bits)
-            price = seen.price(packed.apply(seen.inputs) - outputs)
+            price = seen.price(packed.down.apply(hidden) - outputs)
             own = replace(action, bits=bits, down_bits=down_bits)
             offers.append(_offer(own, packed, seen, settings, price, neurons))
         if min(offer.distortion for offer in offers) < (1 + _ADDED) * least:

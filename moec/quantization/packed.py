@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -55,6 +56,13 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of all operands; a table that several matrices share counts whole."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def of_rows(self, rows: Sequence[int]) -> Packed:
+        """Only these rows, in this order, of integers whose scales are those of groups or rows."""
+        assert isinstance(self.format, Integer) and self.format.span is not Span.TENSOR
+        index = torch.tensor(rows, dtype=torch.int64)
+        zeros = None if self.zero_points is None else self.zero_points[index]
+        return replace(self, codes=self.codes[index], scales=self.scales[index], zero_points=zeros)
 
     def problem(self) -> str | None:
         """The first rule that the stored numbers break, in words; None where all hold."""

@@ -27,6 +27,15 @@ class SecondOrderOptions:
     refit: bool = False
 
 
+@dataclass(frozen=True)
+class _LastProduct:
+    """The last matrix [H, m] of a block as it is to be rounded, and the second moment [m, m] of what it reads."""
+
+    block: FeedForward
+    weight: torch.Tensor
+    moment: torch.Tensor
+
+
 @dataclass
 class SecondOrder:
     """The rounding of one block. `source` is the block before anything was rounded.
@@ -42,14 +51,16 @@ class SecondOrder:
     fallbacks: list[Fallback] = field(default_factory=list)
     _moment: torch.Tensor | None = field(default=None, repr=False)
     _wanted: torch.Tensor | None = field(default=None, repr=False)
+    # codes of several bits may be asked for behind the same other matrices
+    _last: _LastProduct | None = field(default=None, repr=False)
 
     def __call__(self, part: Part) -> Packed:
         weight = part.weight
         if part.side is Side.DOWN:
-            hidden = part.block.hidden_activations(self.rows)
-            moment = second_moment(hidden, self.weights)
-            if self.options.refit and part.inputs is None:
-                weight = self._refitted(weight.double(), hidden.double(), moment)
+            last = self._last_product(part.block, refit=self.options.refit and part.inputs is None)
+            moment = last.moment
+            if part.inputs is None:
+                weight = last.weight
         else:
             moment = self._rows_moment()
         if part.inputs is not None:
@@ -71,6 +82,15 @@ class SecondOrder:
         if self._moment is None:
             self._moment = second_moment(self.rows, self.weights)
         return self._moment
+
+    def _last_product(self, block: FeedForward, *, refit: bool) -> _LastProduct:
+        if self._last is None or self._last.block is not block:
+            hidden = block.hidden_activations(self.rows)
+            moment, weight = second_moment(hidden, self.weights), block.down.dense()
+            if refit:
+                weight = self._refitted(weight.double(), hidden.double(), moment)
+            self._last = _LastProduct(block, weight, moment)
+        return self._last
 
     def _refitted(self, weight: torch.Tensor, hidden: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
         """The last matrix [H, m] that gives for `hidden` [n, m] of the moment what the source gives for its own."""
