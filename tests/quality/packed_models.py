@@ -162,13 +162,13 @@ def _artifact_row(subject: Subject, name: str, artifact: Path, folder: Path) -> 
 def _runtime_row(subject: Subject, folder: Path) -> Row:
     """The portable float32 artifact by onnxruntime's own quantiser: 4 bits in groups of 32.
 
-    In that form each expert is a product with a constant matrix, which is what the quantiser looks for.
+    In that form each expert is a `Gemm` with a constant matrix; the quantiser looks for `MatMul`, which they become.
     """
     path = folder / "onnxruntime" / "model.onnx"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
         source = _artifact(subject, FLOAT, folder, "portable") / "onnx"
-        quantizer = MatMulNBitsQuantizer(onnx.load(source / "model.onnx"), 4, 32, is_symmetric=False)
+        quantizer = MatMulNBitsQuantizer(_with_products(onnx.load(source / "model.onnx")), 4, 32, is_symmetric=False)
         quantizer.process()
         quantizer.model.save_model_to_file(str(path), use_external_data_format=True)
         for item in source.iterdir():
@@ -176,6 +176,24 @@ def _runtime_row(subject: Subject, folder: Path) -> Row:
                 (path.parent / item.name).write_bytes(item.read_bytes())
     model = OnnxModel(path, threads=1)
     return Row(RUNTIME, _bytes(path), _loss(subject, model, folder), None, _call(model), {})
+
+
+def _with_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Each `Gemm` of two operands, the second one a transposed constant, as a `MatMul`."""
+    constants = {item.name: item for item in model.graph.initializer}
+    for node in model.graph.node:
+        transposed = any(item.name == "transB" and item.i == 1 for item in node.attribute)
+        if node.op_type == "Gemm" and transposed and len(node.input) == 2 and node.input[1] in constants:
+            matrix = onnx.numpy_helper.to_array(constants[node.input[1]])
+            name = f"{node.input[1]}.transposed"
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(matrix.T), name))
+            node.op_type, node.input[1] = "MatMul", name
+            del node.attribute[:]
+    used = {name for node in model.graph.node for name in node.input}
+    for name, item in constants.items():
+        if name not in used:
+            model.graph.initializer.remove(item)
+    return model
 
 
 def _torch_row(subject: Subject) -> Row:
