@@ -55,8 +55,11 @@ def tile_for(kind: LayerKind, phase: Phase, product: Product, wanted: Architectu
     if any(item.two_levels for item in product.formats):
         # the sum of sizes is a second result
         tile = replace(tile, block_n=min(tile.block_n, 32))
-    if not wide and phase is not Phase.MANY and product.scaled:
-        # products without matrix instructions hold whole rows in registers, and loads ahead of their use
+    if not wide and not product.scaled:
+        # loads further ahead take registers beside those of products without matrix instructions
+        tile = replace(tile, stages=2)
+    elif not wide and phase is not Phase.MANY:
+        # these hold whole rows in registers, and loads ahead of their use
         in_groups = any(item.parts > 1 or item.zero_points for item in product.formats)
         tile = replace(tile, block_n=16, warps=4, stages=4 if in_groups else 2)
     if wide and phase is not Phase.SLOTS and len(product.formats) > 1 and len(product.results) > 1:
