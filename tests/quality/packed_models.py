@@ -179,17 +179,23 @@ def _runtime_row(subject: Subject, folder: Path) -> Row:
 
 
 def _with_products(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Each `Gemm` of two operands, the second one a transposed constant, as a `MatMul`."""
+    """Each `Gemm` with a constant matrix as a `MatMul`, and an `Add` for its bias."""
     constants = {item.name: item for item in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        transposed = any(item.name == "transB" and item.i == 1 for item in node.attribute)
-        if node.op_type == "Gemm" and transposed and len(node.input) == 2 and node.input[1] in constants:
-            matrix = onnx.numpy_helper.to_array(constants[node.input[1]])
-            name = f"{node.input[1]}.transposed"
-            model.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(matrix.T), name))
-            node.op_type, node.input[1] = "MatMul", name
-            del node.attribute[:]
-    used = {name for node in model.graph.node for name in node.input}
+        if node.op_type != "Gemm" or node.input[1] not in constants:
+            nodes.append(node)
+            continue
+        x, weight, *bias = node.input
+        matrix, name = onnx.numpy_helper.to_array(constants[weight]), f"{weight}.factor"
+        matrix = matrix.T if any(item.name == "transB" and item.i == 1 for item in node.attribute) else matrix
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(matrix), name))
+        product = f"{node.output[0]}.product" if bias else node.output[0]
+        nodes.append(onnx.helper.make_node("MatMul", [x, name], [product], name=node.name))
+        nodes += [onnx.helper.make_node("Add", [product, item], list(node.output)) for item in bias]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
     for name, item in constants.items():
         if name not in used:
             model.graph.initializer.remove(item)
