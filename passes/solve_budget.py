@@ -98,7 +98,6 @@ class SolveBudget(Pass):
             raise ValueError("say how many bits codes may have, such as bits=8,4,3,2")
         if not 0 < self.good <= 1 or self.nodes < 1 or not self.gap >= 0:
             raise ValueError("good is within 0 < good <= 1, nodes at least 1, and gap not negative")
-
         if self.refit and self.distortion is Distortion.FISHER:
             raise ValueError("refit needs a distortion that is a norm of outputs, which fisher is not")
 

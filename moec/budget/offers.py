@@ -31,8 +31,8 @@ _ADDED = 0.1
 class TableSettings:
     """`actions` are offered besides `keep`; widths come in `steps`, ranks hold `shares` of a matrix's parameters, and
     redirects go to the `nearest` experts. `dtype` is that of the artifact; codes of so many `bits` have scales for
-    `group` inputs. With `refit` neurons are chosen, and they
-    and ranks are priced, as if `refit-down` came afterwards."""
+    `group` inputs. With `refit` neurons are chosen, and they and ranks are priced, as if `refit-down` came afterwards.
+    """
 
     actions: frozenset[ActionKind]
     steps: int
