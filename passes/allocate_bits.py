@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moec.errors import UsageError
+from moec.errors import UnsafeInputError, UsageError
 from moec.experts import FeedForward, MoeLayer, UnreadableExpertError, find_moe_layers, find_unreadable, load_expert
 from moec.ir import Operation
 from moec.passes.bit_allocation.bands import bands_by_energy
@@ -173,8 +173,8 @@ class AllocateBits(Pass):
                 continue
             try:
                 found = costs.of(number, expert, targets, by_side=self.unit is Unit.PROJECTION)
-            except UsageError as error:
-                raise UsageError(error.message, where=f"{layer.name}, expert {number}", hint=error.hint) from error
+            except (UsageError, UnsafeInputError) as error:
+                raise type(error)(error.message, where=f"{layer.name}, expert {number}", hint=error.hint) from error
             units = [[side] for side in sides] if self.unit is Unit.PROJECTION else [sides]
             for members, row in zip(units, found, strict=True):
                 size = sum(dense_matrix(expert, side).numel() for side in members)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from moec.errors import UsageError
+from moec.errors import UnsafeInputError, UsageError
 from moec.experts import (
     Dense,
     Expert,
@@ -147,7 +147,7 @@ class NmSparsify(Pass):
 
     def _check(self, weight: torch.Tensor, where: str) -> None:
         if not bool(torch.isfinite(weight).all()):
-            raise UsageError("a matrix holds NaN or infinity", where=where, hint="the checkpoint is damaged")
+            raise UnsafeInputError("a matrix holds NaN or infinity", where=where, hint="the checkpoint is broken")
         pattern = self._block_pattern
         if pattern is not None and weight.shape[1] % pattern.block:
             raise UsageError(

@@ -27,7 +27,7 @@ from moec.passes.factoring.sides import Side
 from moec.passes.quantizing.blocks import BlockPacker, Part, Rounding
 from moec.passes.quantizing.choices import FormatOptions, Kind, ScaleType, Trits, ZeroPoints
 from moec.passes.quantizing.inputs import ExpertInputs, Policy
-from moec.passes.quantizing.places import What, find_places, pack_place
+from moec.passes.quantizing.places import What, find_packed, find_places, pack_place
 from moec.passes.quantizing.second_order import SecondOrder, SecondOrderOptions
 from moec.passes.quantizing.training import train_block
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
@@ -140,8 +140,7 @@ class Quantize(Pass):
         if self.packs(What.DENSE):
             self._pack_blocks(op, context)
         self._pack_places(op, context)
-        if context.refusals and not context.statistics.get(self.matrices.name):
-            context.warn(op, f"nothing was packed: {context.refusals[0].reason}; --explain names all of them")
+        self._warn(op, context)
 
     def _pack_experts(self, layer: MoeLayer, context: PassContext) -> None:
         weights, packer = context.require_weights(), BlockPacker(self.sides, context, self.pass_name)
@@ -209,11 +208,25 @@ class Quantize(Pass):
 
     def _pack_places(self, op: Operation, context: PassContext) -> None:
         weights, target = context.require_weights(), self.target()
+        for what, packed_op in find_packed(op):
+            if self.packs(what):
+                reason = f"{packed_op.location.name or packed_op.name}: its {what.value} matrix is packed already"
+                context.refuse(packed_op, reason, self.pass_name)
         for place in find_places(op):
             if self.packs(place.what):
                 packed = round_matrix(target, weights.load(place.weight.source), place.weight.weight_name)
                 self._count([packed], context)
                 pack_place(place, weights, packed)
+
+    def _warn(self, op: Operation, context: PassContext) -> None:
+        """Tells what was asked for and was not done."""
+        packed, refused = context.statistics.get(self.matrices.name, 0), context.refusals
+        if refused:
+            start = f"weights stay as they are in {len(refused)} places" if packed else "nothing was packed"
+            context.warn(op, f"{start}: {refused[0].reason}; --explain names all of them")
+        elif not packed:
+            wanted = ",".join(what.value for what in self.what)
+            context.warn(op, f"nothing was packed: the model has no weights of what={wanted}, or protects them")
 
     def _rounding_of(self, layer: DenseLayer, block: FeedForward, context: PassContext) -> Rounding:
         """That of a dense block: those beside experts have no calibration of their own."""

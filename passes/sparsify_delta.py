@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from moec.calibration.sample import LayerSample
-from moec.errors import UsageError
+from moec.errors import UnsafeInputError
 from moec.experts import (
     Dense,
     Expert,
@@ -207,7 +207,7 @@ def _loader(layer: MoeLayer, weights: WeightContext, number: int, side: Side) ->
         found = dense_matrix(expert, side)
         if not bool(torch.isfinite(found).all()):
             where = f"{layer.name}, expert {number}, {side.value}"
-            raise UsageError("a matrix holds NaN or infinity", where=where, hint="the checkpoint is damaged")
+            raise UnsafeInputError("a matrix holds NaN or infinity", where=where, hint="the checkpoint is broken")
         return found
 
     return load

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from moec.dialects.quant import BlockFloat, Codebook, Format, Integer, Levels, Span, Ternary, ZeroPoint
-from moec.errors import UsageError
+from moec.errors import UnsafeInputError, UsageError
 from moec.quantization.codebooks import fit_table
 from moec.quantization.grids import Grid, GridSettings, fit_grid, tensor_scale_of
 from moec.quantization.packed import Packed, groups_of, pack_codes
@@ -24,10 +24,10 @@ class Target:
     def prepared(self, weight: torch.Tensor, where: str) -> Target:
         """With everything that is fitted to a whole matrix [N, K], float64.
 
-        Raises UsageError where the format does not fit the matrix, or where a weight is not finite.
+        Raises UsageError where the format does not fit the matrix, UnsafeInputError where a weight is not finite.
         """
         if not bool(torch.isfinite(weight).all()):
-            raise UsageError("a matrix holds NaN or infinity", where=where, hint="the checkpoint is damaged")
+            raise UnsafeInputError("a matrix holds NaN or infinity", where=where, hint="the checkpoint is broken")
         problem = self.format.problem(weight.shape[1])
         if problem is not None:
             raise UsageError(problem, where=where, hint=_hint(self.format, weight.shape[1]))
@@ -38,7 +38,7 @@ class Target:
 
 
 def round_matrix(target: Target, weight: torch.Tensor, where: str = "") -> Packed:
-    """The matrix [N, K] with every weight at its nearest code; raises UsageError as `Target.prepared`."""
+    """The matrix [N, K] with every weight at its nearest code; raises as `Target.prepared`."""
     weight = weight.double()
     target = target.prepared(weight, where)
     try:

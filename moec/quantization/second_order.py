@@ -57,7 +57,7 @@ def round_second_order(
     where the moment is not positive definite, and nearest codes where that fails too, or where there are no inputs.
     `ordered`: columns of large inputs first; where groups share scales, whole groups move, so that no index is stored.
     `rounds`: how often codes and scales of integers are made better in turn afterwards, on the damped moment.
-    Raises UsageError for a matrix that does not fit the format or is not finite.
+    Raises UsageError for a matrix that does not fit the format, UnsafeInputError for one that is not finite.
     """
     weight = weight.double()
     target = target.prepared(weight, where)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from moec.dialects.aten import AtenOp
-from moec.dialects.builtin import WeightOp
+from moec.dialects.builtin import FuncOp, WeightOp
 from moec.dialects.moe import RouteOp
 from moec.dialects.quant import DequantOp
 from moec.experts.layer import router_of
@@ -48,19 +48,40 @@ class Place:
 
 def find_places(root: Operation) -> Iterator[Place]:
     """The weights of linear maps and embeddings, in order. What something else reads too is left out."""
-    routers = {router.result for op in root.walk() if isinstance(op, RouteOp) and (router := router_of(op)) is not None}
+    routers = _routers(root)
     for op in list(root.walk()):
-        if not isinstance(op, WeightOp) or not op.value.uses or len(static_shape_of(op.value)) != 2:
-            continue
-        readers = [user for user in dict.fromkeys(op.value.users) if isinstance(user, AtenOp)]
-        if len(readers) < len(dict.fromkeys(op.value.users)) or not all(_reads(user, op.value) for user in readers):
-            continue
-        if any(user.result in routers for user in readers):
-            yield Place(What.ROUTER, op, tuple(readers))
-        elif any(user.name == _EMBEDDING or layer_of(user) is None for user in readers):
-            yield Place(What.EMBEDDING, op, tuple(readers))
-        elif static_shape_of(op.value)[0] >= _FEW_OUTPUTS:
-            yield Place(What.ATTENTION, op, tuple(readers))
+        if isinstance(op, WeightOp) and (what := _use_of(op.value, routers)) is not None:
+            yield Place(what, op, tuple(user for user in dict.fromkeys(op.value.users) if isinstance(user, AtenOp)))
+
+
+def find_packed(root: Operation) -> Iterator[tuple[What, DequantOp]]:
+    """What `find_places` would find if it were not packed already; experts and other blocks apart."""
+    routers = _routers(root)
+    for op in root.walk():
+        if isinstance(op, DequantOp) and isinstance(op.parent_op, FuncOp):
+            what = _use_of(op.weight, routers)
+            if what is not None:
+                yield what, op
+
+
+def _routers(root: Operation) -> set[Value]:
+    """The logits of all routers."""
+    return {router.result for op in root.walk() if isinstance(op, RouteOp) and (router := router_of(op)) is not None}
+
+
+def _use_of(value: Value, routers: set[Value]) -> What | None:
+    """What reads a matrix, None where that is no linear map or embedding, or something else too."""
+    users = list(dict.fromkeys(value.users))
+    if not users or len(static_shape_of(value)) != 2:
+        return None
+    readers = [user for user in users if isinstance(user, AtenOp) and _reads(user, value)]
+    if len(readers) < len(users):
+        return None
+    if any(user.result in routers for user in readers):
+        return What.ROUTER
+    if any(user.name == _EMBEDDING or layer_of(user) is None for user in readers):
+        return What.EMBEDDING
+    return What.ATTENTION if static_shape_of(value)[0] >= _FEW_OUTPUTS else None
 
 
 def pack_place(place: Place, weights: WeightContext, packed: Packed) -> None:

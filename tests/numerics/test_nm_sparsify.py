@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moec
-from moec.errors import UsageError
+from moec.errors import UnsafeInputError, UsageError
 from moec.experts import (
     Dense,
     FeedForward,
@@ -212,7 +212,7 @@ def test_damaged_and_unfitting_matrices_are_refused(mixtral: Module) -> None:
     assert isinstance(expert, FeedForward)
     broken = replace(expert.down, matrix=Dense(torch.full_like(expert.down.dense(), torch.nan)))
     replace_experts(layer, module.weights, {3: replace(expert, down=broken)})
-    with pytest.raises(UsageError, match=r"holds NaN or infinity.*down of expert 3"):
+    with pytest.raises(UnsafeInputError, match=r"holds NaN or infinity.*down of expert 3"):
         sparse(module, "")
     with pytest.raises(UsageError, match=r"do not divide into blocks of 7.*round-to=7"):
         sparse(mixtral, "pattern=3:7")

@@ -20,7 +20,7 @@ from moec.dialects.quant import (
     TritPacking,
     ZeroPoint,
 )
-from moec.errors import UsageError
+from moec.errors import UnsafeInputError, UsageError
 from moec.quantization.codebooks import normal_float_table
 from moec.quantization.grids import GridSettings, TernaryFit
 from moec.quantization.packed import Packed
@@ -204,7 +204,7 @@ def test_weights_that_are_no_numbers(value: float) -> None:
     weight = gaussian(4, 64)
     weight[2, 7] = value
     for name in ("int4-middle-group", "trits-extremes", "kmeans", "nvfp4"):
-        with pytest.raises(UsageError, match="NaN or infinity"):
+        with pytest.raises(UnsafeInputError, match="NaN or infinity"):
             round_matrix(FORMATS[name], weight, "some matrix")
 
 

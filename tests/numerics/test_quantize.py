@@ -11,7 +11,7 @@ from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertsOp, RouteOp
 from moec.dialects.quant import DequantOp, Integer, Span, ZeroPoint
-from moec.errors import UsageError
+from moec.errors import UnsafeInputError, UsageError
 from moec.experts import (
     Dense,
     FeedForward,
@@ -165,6 +165,25 @@ def test_packed_factored_and_protected_experts_stay(source: Module) -> None:
     assert "nothing was packed" in report.warnings()[0] and "packed already" in report.warnings()[0]
 
 
+def test_what_was_asked_for_and_not_done_is_told(source: Module) -> None:
+    """Also where another part was packed, outside of experts, and where there is nothing of the kind."""
+    module = copy_of(source)
+    run_passes(module, "quantize{what=experts,attention bits=4 group=16}")
+    report = run_passes(module, "quantize{what=attention bits=3 group=16}")
+    assert report.records[0].statistics.get("matrices", 0) == 0
+    assert "nothing was packed" in report.warnings()[0] and "attention matrix is packed already" in report.warnings()[0]
+    layers = find_moe_layers(module.op)
+    report = run_passes(module, "quantize{what=all bits=3 group=16}")
+    left = sum(3 * layer.expert_count + 4 for layer in layers)
+    assert f"weights stay as they are in {left} places" in report.warnings()[0]
+    experts = copy_of(source)
+    for layer in find_moe_layers(experts.op):
+        protect_experts(layer, range(layer.expert_count))
+    (warning,) = run_passes(experts, "quantize{bits=4 group=16}").warnings()
+    assert "no weights of what=experts, or protects them" in warning
+    assert not run_passes(copy_of(source), "quantize{what=all bits=8 group=16}").warnings()
+
+
 def test_groups_that_do_not_divide_are_named(source: Module) -> None:
     with pytest.raises(UsageError, match="groups of 32 do not divide rows of 48 weights") as caught:
         quantized(source, "bits=4 group=32")
@@ -185,7 +204,7 @@ def test_weights_that_are_no_numbers(source: Module) -> None:
     broken = module.weights.load(stack.source)
     broken[2, 0, 0] = torch.nan
     stack.source = str(module.weights.store.put(broken))
-    with pytest.raises(UsageError, match="NaN or infinity") as caught:
+    with pytest.raises(UnsafeInputError, match="NaN or infinity") as caught:
         run_passes(module, "quantize{bits=4 group=row}")
     assert "expert 2" in caught.value.where
     assert sum(isinstance(op, ExpertsOp) for op in module.op.walk()) == len(find_moe_layers(module.op))

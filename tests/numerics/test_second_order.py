@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moec.dialects.quant import BlockFloat, Codebook, Integer, Levels, Span, Ternary, ZeroPoint
-from moec.errors import UsageError
+from moec.errors import UnsafeInputError, UsageError
 from moec.quantization.grids import GridSettings, TernaryFit
 from moec.quantization.packed import Packed
 from moec.quantization.rounding import Target, round_matrix
@@ -148,7 +148,7 @@ def test_zero_and_huge_matrices(scale: float) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UsageError, match="groups of 32 do not divide"):
         round_second_order(TARGETS["int4"], matrix(4, 40), torch.eye(40), where="a matrix")
-    with pytest.raises(UsageError, match="NaN or infinity"):
+    with pytest.raises(UnsafeInputError, match="NaN or infinity"):
         round_second_order(TARGETS["int4"], matrix() * torch.nan, torch.eye(96))
     with pytest.raises(UsageError, match="column by column"):
         round_second_order(Target(Codebook(4, 2)), matrix(), torch.eye(96))

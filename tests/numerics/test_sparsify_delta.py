@@ -11,7 +11,7 @@ import torch
 from moec.api import run_passes
 from moec.artifact.expert_facts import class_facts
 from moec.artifact.summary import model_size
-from moec.errors import UsageError
+from moec.errors import UnsafeInputError, UsageError
 from moec.experts import (
     Dense,
     Expert,
@@ -201,6 +201,6 @@ def test_what_stays(source: Module) -> None:
     infinite = dense_matrix(expert, Side.DOWN).clone()
     infinite[0, 0] = torch.inf
     replace_experts(layer, broken.weights, {1: with_matrices(expert, {Side.DOWN: Dense(infinite)})})
-    with pytest.raises(UsageError, match="NaN or infinity") as caught:
+    with pytest.raises(UnsafeInputError, match="NaN or infinity") as caught:
         run_passes(broken, "sparsify-delta")
     assert "expert 1, down" in caught.value.where
