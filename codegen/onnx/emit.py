@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,10 +157,25 @@ def _session_facts(context: Context, module: Module, folder: Path) -> SessionFac
 
 
 def _packed_products(model: onnx.ModelProto) -> tuple[int, int]:
-    """The numbers of nodes that multiply packed weights with activations in int8, and in float32."""
-    nodes = [node for function in model.functions for node in function.node] + list(model.graph.node)
-    levels = [attribute.i for node in nodes for attribute in node.attribute if attribute.name == "accuracy_level"]
-    return sum(level > 0 for level in levels), sum(level == 0 for level in levels)
+    """The numbers of nodes that multiply packed weights with activations in int8, and in float32, calls written out."""
+    functions = {(function.domain, function.name): function for function in model.functions}
+    counts: dict[tuple[str, str], Counter[bool]] = {}
+
+    def counted(nodes: Iterable[onnx.NodeProto]) -> Counter[bool]:
+        total: Counter[bool] = Counter()
+        for node in nodes:
+            called = node.domain, node.op_type
+            if called in functions and called not in counts:
+                counts[called] = counted(functions[called].node)
+            total += counts.get(called, Counter())
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    total[attribute.i > 0] += 1
+                total += counted(attribute.g.node)
+        return total
+
+    total = counted(model.graph.node)
+    return total[True], total[False]
 
 
 def emit_function(context: Context, function: FuncOp) -> None:

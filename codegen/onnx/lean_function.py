@@ -6,19 +6,16 @@ structure share one function.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 
-import onnx
 import onnx_ir as ir
 
 from moec.codegen.onnx.context import Context
 from moec.codegen.onnx.experts_lean import emit_lean
 from moec.codegen.onnx.external_data import StoredTensor
+from moec.codegen.onnx.functions import DOMAIN, define_function
 from moec.codegen.onnx.graph import GraphBuilder
 from moec.dialects.moe import ExpertsOp
-
-DOMAIN = "moec"
 
 
 class _BodyBuilder(GraphBuilder):
@@ -44,9 +41,6 @@ def emit_lean_function(context: Context, op: ExpertsOp) -> ir.Value:
     for value, name in zip(inputs, ("x", "ids", "gates"), strict=True):
         inner.values[value] = body.input(name, None, None)
     body.output(emit_lean(inner, op), "y", None, None)
-    function = ir.Function(DOMAIN, "", graph=body.to_graph("experts"), attributes=[])
-    proto: onnx.FunctionProto = ir.to_proto(function)
-    function.name = f"experts_{hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()[:12]}"
-    context.functions.setdefault(function.name, function)
+    name = define_function(context, "experts", body)
     weights = [b.weight(key, tensor) for key, (_, tensor) in body.arguments.items()]
-    return b.op(function.name, *[context.value(value) for value in inputs], *weights, domain=DOMAIN)
+    return b.op(name, *[context.value(value) for value in inputs], *weights, domain=DOMAIN)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
@@ -31,6 +33,13 @@ def load(folder: Path) -> onnxruntime.InferenceSession:
     options.log_severity_level = 4
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
+
+
+def operators(folder: Path) -> Counter[str]:
+    """Operators of the nodes in the file of a folder, those of its functions included."""
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    graphs = [model.graph, *model.functions]
+    return Counter(node.op_type for graph in graphs for node in graph.node)
 
 
 def run(session: onnxruntime.InferenceSession, feeds: Feeds) -> dict[str, NDArray[Any]]:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
 
 from moec.codegen.onnx import merged_slots
 from moec.codegen.onnx.cost_model import Lowering
-from moec.codegen.onnx.emit import MODEL_FILE
 from moec.codegen.onnx.expert_rows import experts_shape
 from moec.codegen.onnx.targets import Target
 from moec.dialects.moe import Routing, Score, Select
 from moec.ir import DType
 from moec.reference.executor import Executor
 from moec.reference.frame import ExpertsLowering
-from tests.codegen.running import assert_close, emit_and_run, load, module_of, reference, run
+from tests.codegen.running import assert_close, emit_and_run, load, module_of, operators, reference, run
 from tests.ir.expert_bodies import (
     Kind,
     MixedLayer,
@@ -192,10 +189,6 @@ def test_repeated_share_is_the_mean_over_all_choices(stored: tuple[int, ...], sl
     repeats = sum(sum(expert >= 0 for expert in found) - len(set(found) - {-1}) for found in choices)
     expected = repeats / len(choices) / slots
     assert merged_slots.repeated_share(stored, slots) == pytest.approx(expected, abs=1e-12)
-
-
-def operators(folder: Path) -> Counter[str]:
-    return Counter(node.op_type for node in onnx.load(str(folder / MODEL_FILE), load_external_data=False).graph.node)
 
 
 def test_shared_weights_are_one_product_each(tmp_path: Path) -> None:
