@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from moec.artifact.ledger import CheckOutcome, LayerError, LedgerEntry, round_error
+from moec.artifact.ledger import LOSS_DIGITS, CheckOutcome, LayerError, LedgerEntry, round_error
+from moec.artifact.loss import batch_loss
 from moec.artifact.options import CompileOptions
 from moec.artifact.runtime import OnnxModel
 from moec.artifact.summary import model_size
-from moec.artifact.tokens import TokenBatch
 from moec.artifact.verification import relative_difference, run_reference, verification_batch
 from moec.codegen.onnx.emit import OnnxReport
 
@@ -20,8 +17,6 @@ if TYPE_CHECKING:
     from moec.module import Module
 
 _PASS_TEXT = "emit{activations=int8}"
-# digits that do not depend on the order in which a kernel sums
-_DIGITS = 4
 
 
 def uses_int8(report: OnnxReport) -> bool:
@@ -51,7 +46,7 @@ def activations_entry(path: Path | None, module: Module, options: CompileOptions
         kept = batch.mask.astype(bool)
         if model.is_decoder:
             found, _ = model.step(batch.ids, batch.mask, model.empty_cache(len(batch.ids)))
-            change = round(_loss(found, batch) - _loss(expected, batch), _DIGITS)
+            change = round(batch_loss(found, batch) - batch_loss(expected, batch), LOSS_DIGITS)
         else:
             found = model.encode(batch.ids, batch.mask)
         difference = round_error(relative_difference(found, expected, kept))
@@ -66,13 +61,3 @@ def activations_entry(path: Path | None, module: Module, options: CompileOptions
         seed=options.seed,
         loss_change=change,
     )
-
-
-def _loss(logits: NDArray[np.float32], batch: TokenBatch) -> float:
-    """Nats per token, each predicted from those before it; padding is left out."""
-    wide = logits[:, :-1].astype(np.float64)
-    largest = wide.max(-1, keepdims=True)
-    total = np.log(np.exp(wide - largest).sum(-1)) + largest[..., 0]
-    nats = total - np.take_along_axis(wide, batch.ids[:, 1:, None], 2)[..., 0]
-    kept = (batch.mask[:, 1:] * batch.mask[:, :-1]).astype(bool)
-    return float(nats[kept].mean())

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from moec.record import Record
 
+LOSS_DIGITS = 4
+"""Decimals of a change of the loss, which do not depend on the order in which a kernel sums."""
+
 
 class ModelSize(Record):
     """The size of a model at one point of the pipeline."""
@@ -64,7 +67,8 @@ class LedgerEntry(Record):
     after: ModelSize
     seed: int
     loss_change: float | None = None
-    """Nats per token that it adds on the text of the verification, where that was measured."""
+    """Nats per token that it adds on the tokens of the check, with four decimals; None where the model gives no logits,
+    or nothing was measured."""
 
 
 def round_error(value: float) -> float:

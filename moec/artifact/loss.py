@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moec.artifact.measurements import LossRow
 from moec.artifact.runtime import OnnxModel
 from moec.artifact.text import TokenizedText
+from moec.artifact.tokens import TokenBatch
 from moec.errors import UsageError
 
 Scorer = Callable[[NDArray[np.int64], NDArray[np.int64]], float]
@@ -81,7 +82,13 @@ def pieces(length: int, chunk: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + chunk, length)
 
 
-def cross_entropy(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
+def batch_loss(logits: NDArray[np.floating], batch: TokenBatch) -> float:
+    """Nats per token of logits [rows, length, vocabulary], each token predicted from those before it, padding apart."""
+    kept = (batch.mask[:, 1:] * batch.mask[:, :-1]).astype(bool)
+    return cross_entropy(logits[:, :-1][kept], batch.ids[:, 1:][kept]) / max(int(kept.sum()), 1)
+
+
+def cross_entropy(logits: NDArray[np.floating], targets: NDArray[np.int64]) -> float:
     """Sum of -log softmax(logits)[target] in nats, float64; logits [..., vocabulary], targets [...]."""
     flat_logits, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     total = 0.0

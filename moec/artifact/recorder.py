@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from moec.artifact.ledger import CheckOutcome, LayerError, LedgerEntry, ModelSize, round_error
+import torch
+
+from moec.artifact.ledger import LOSS_DIGITS, CheckOutcome, LayerError, LedgerEntry, ModelSize, round_error
+from moec.artifact.loss import batch_loss
 from moec.artifact.measurement import LayerChange, measure_change
 from moec.artifact.measurements import PassTime
 from moec.artifact.options import Check
@@ -19,6 +22,7 @@ from moec.errors import VerificationError
 from moec.module import Module
 from moec.pipeline.base import Claim
 from moec.pipeline.instruments import Instrument, PassExecution, fingerprint
+from moec.reference.executor import Executor
 from moec.weights.finiteness import require_finite
 
 if TYPE_CHECKING:
@@ -45,6 +49,8 @@ class LedgerRecorder(Instrument):
         self._before: ModuleOp | None = None
         self._size: ModelSize | None = None
         self._seconds = 0.0
+        # behind the last lossy pass; passes that are exact leave it as it is
+        self._loss: float | None = None
 
     def before_pass(self, execution: PassExecution) -> None:
         with self._timed():
@@ -63,6 +69,7 @@ class LedgerRecorder(Instrument):
             changed = fingerprint(execution.root) != self._print
             after = model_size(self._module) if changed else before
             outcome, errors = self._compare(execution, changed)
+            loss_change = self._loss_change() if outcome is CheckOutcome.MEASURED else None
             self.entries.append(
                 LedgerEntry(
                     pass_text=execution.text,
@@ -72,6 +79,7 @@ class LedgerRecorder(Instrument):
                     before=before,
                     after=after,
                     seed=self._seed,
+                    loss_change=loss_change,
                 )
             )
             self._size, self._before = after, None
@@ -105,6 +113,23 @@ class LedgerRecorder(Instrument):
                     require_finite(self._module.weights, self._before.walk(), where=change.layer)
                 raise _too_much(execution, change)
         return CheckOutcome.WITHIN_BOUND, ()
+
+    def _loss_change(self) -> float | None:
+        """What a lossy pass adds to the loss; None where the model is no decoder, or its logits are no numbers."""
+        if self._module.source.kind != "decoder":
+            return None
+        assert self._before is not None
+        before = self._loss_of(self._before) if self._loss is None else self._loss
+        self._loss = self._loss_of(self._module.op)
+        change = self._loss - before
+        return round(change, LOSS_DIGITS) if math.isfinite(change) else None
+
+    def _loss_of(self, op: ModuleOp) -> float:
+        """Nats per token, in float64."""
+        assert self._batch is not None
+        with torch.no_grad():
+            results = Executor(op, self._module.weights, dtype=torch.float64).run(function_inputs(op.main, self._batch))
+        return batch_loss(next(iter(results.values())).numpy(), self._batch)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -119,18 +119,21 @@ def compile_command(
         f"{sum(layer.kind != 'other' for layer in report.layers)} layers with experts"
     )
     typer.echo()
-    rows = [("pass", "claim", "check", "operations", "bytes")]
-    rows += [
-        (
-            entry.pass_text,
-            entry.claim,
-            entry.outcome.value,
-            f"{entry.before.operations:,} -> {entry.after.operations:,}",
-            format_size(entry.after.bytes),
+    losses = any(entry.loss_change is not None for entry in report.ledger)
+    rows = [("pass", "claim", "check", "operations", "bytes", *(["nats per token"] if losses else []))]
+    for entry in report.ledger:
+        change = "" if entry.loss_change is None else f"{entry.loss_change:+.4f}"
+        rows.append(
+            (
+                entry.pass_text,
+                entry.claim,
+                entry.outcome.value,
+                f"{entry.before.operations:,} -> {entry.after.operations:,}",
+                format_size(entry.after.bytes),
+                *([change] if losses else []),
+            )
         )
-        for entry in report.ledger
-    ]
-    typer.echo(table(rows, numbers=frozenset({3, 4})))
+    typer.echo(table(rows, numbers=frozenset({3, 4, 5})))
     if result.module.plan is not None:
         typer.echo(f"plan: {result.module.plan.description()}")
     typer.echo()

@@ -11,6 +11,7 @@ import torch
 from moec.artifact.ledger import CheckOutcome
 from moec.artifact.options import Check
 from moec.artifact.recorder import LedgerRecorder
+from moec.artifact.tokens import TokenBatch, function_inputs, token_batch
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertsOp
 from moec.errors import VerificationError
@@ -19,6 +20,7 @@ from moec.ir import Operation
 from moec.module import Module
 from moec.pipeline.base import Claim, Pass, PassContext
 from moec.pipeline.manager import PassManager, Pipeline
+from moec.reference.executor import Executor
 from moec.weights.store import WeightStore
 from tests.frontend.tiny_models import save_tiny_checkpoint
 
@@ -110,3 +112,28 @@ def test_truthful_claims_pass(raised: Module) -> None:
     assert 1e-4 < entry.layer_errors[0].relative_error < 1
     skipped = run(copy_of(raised), ScaleExpert(layer=1, expert=2), Check.NONE)
     assert skipped.entries[0].outcome is CheckOutcome.NOT_CHECKED
+
+
+def test_what_each_lossy_pass_adds_to_the_loss(raised: Module) -> None:
+    """By the definition of the loss, and the second pass counts from behind the first one."""
+    module = copy_of(raised)
+    recorder = LedgerRecorder(module, Check.CHANGED)
+    batch = token_batch(module, rows=2, length=24)
+    losses = [_loss(module, batch)]
+    steps: list[Pass] = [HonestScaleExpert(factor=30.0), ScaleExpert(factor=1.0), HonestScaleExpert(1, 2, 30.0)]
+    for step in steps:
+        PassManager(Pipeline.of(step), observers=[recorder]).run(module.op, weights=module.weights, module=module)
+        losses.append(_loss(module, batch))
+    first, between, second = (entry.loss_change for entry in recorder.entries)
+    assert between is None
+    assert first == pytest.approx(losses[1] - losses[0], abs=6e-5) and abs(losses[1] - losses[0]) > 1e-3
+    assert second == pytest.approx(losses[3] - losses[2], abs=6e-5) and abs(losses[3] - losses[2]) > 1e-3
+
+
+def _loss(module: Module, batch: TokenBatch) -> float:
+    """Mean -log p of the token that follows, over pairs of tokens without padding."""
+    inputs = function_inputs(module.main, batch)
+    logits = next(iter(Executor(module.op, module.weights, dtype=torch.float64).run(inputs).values()))
+    kept = torch.from_numpy(batch.mask[:, 1:] * batch.mask[:, :-1]).bool()
+    targets = torch.from_numpy(batch.ids)[:, 1:]
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1][kept], targets[kept]))
