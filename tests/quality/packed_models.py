@@ -4,10 +4,10 @@
     python -m tests.quality.packed_models --model demo --rows 4,3  # some
     python -m tests.quality.packed_models --artifacts FOLDER       # artifacts stay there, and are not made again
 
-The demo model, SmolLM2-135M with its blocks cut into 8 experts of which 4 are chosen (the recipe `best` for dense
-models), and all-MiniLM-L6-v2. Experts take the recipes `best4`, `best3` and `best2`; mixed bits are those that
-`mxmoe-like` chooses. The encoder has no experts: all of its weights are packed, its blocks by GPTQ; mixed bits are 8
-for attention and embeddings and 3 for blocks.
+The demo model, SmolLM2-135M with its blocks cut into 8 experts of which 4 are chosen (as a checkpoint that the recipe
+`best` for dense models makes of it first, from which all rows are compiled), and all-MiniLM-L6-v2. Experts take the
+recipes `best4`, `best3` and `best2`; mixed bits are those that `mxmoe-like` chooses. The encoder has no experts: all of
+its weights are packed, its blocks by GPTQ; mixed bits are 8 for attention and embeddings and 3 for blocks.
 
 Loss is nats per token of held-out text through the artifact's cache; for the encoder it is the mean of 1 - cosine to
 the float32 embeddings of sentences. Agreement is the share of a token's experts that the routers of source and artifact
@@ -55,23 +55,31 @@ _ROUNDS = 9
 class Subject:
     """A model, held-out text, and the arguments of `moec compile` for each row of its table."""
 
-    folder: Callable[[], Path]
+    package: Callable[[], Path]
     heldout: Path
     rows: dict[str, tuple[str, ...]]
+    is_dense: bool = False
     is_encoder: bool = False
 
+    def source(self, folder: Path) -> Path:
+        """The checkpoint of the table: the package's, or the one with experts that is made of it in `folder`."""
+        if not self.is_dense:
+            return self.package()
+        output = folder / "experts"
+        if not (output / "huggingface").is_dir():
+            _compile(self.package(), output, folder, "--emit", "huggingface", "--recipe", "best")
+        return output / "huggingface"
 
-def _experts(before: str = "", calibrate: str = "calibrate") -> dict[str, tuple[str, ...]]:
-    """Rows of a model with experts, which `before` makes where the source has none."""
 
+def _experts(calibrate: str = "calibrate") -> dict[str, tuple[str, ...]]:
     def behind(recipe: str) -> str:
-        return f"{before}{calibrate},{find_recipe(recipe, ModelKind.MOE).text().partition(',')[2]}"
+        return f"{calibrate},{find_recipe(recipe, ModelKind.MOE).text().partition(',')[2]}"
 
-    pipelines = {"8": f"{before}quantize{{bits=8}}", **{str(bits): behind(f"best{bits}") for bits in (4, 3, 2)}}
+    pipelines = {"8": "quantize{bits=8}", **{str(bits): behind(f"best{bits}") for bits in (4, 3, 2)}}
     pipelines["mixed"] = behind("mxmoe-like")
     rows = {name: ("--pipeline", text) for name, text in pipelines.items()}
     rows["4, int8 activations"] = (*rows["4"], "--activations", "int8")
-    return {FLOAT: ("--pipeline", before.rstrip(",")) if before else (), **rows}
+    return {FLOAT: (), **rows}
 
 
 def _encoder() -> dict[str, tuple[str, ...]]:
@@ -85,13 +93,12 @@ def _encoder() -> dict[str, tuple[str, ...]]:
     return {FLOAT: (), **rows}
 
 
-_CUT = f"{find_recipe('best', ModelKind.DENSE).text()},"
 SUBJECTS = {
     "demo": Subject(
         lambda: REPOSITORY / "examples" / "models" / "tiny-moe", EXAMPLE_TEXTS / "kjv.heldout.txt", _experts()
     ),
     "smollm2": Subject(
-        smollm2_folder, EXAMPLE_TEXTS / "kjv.heldout.txt", _experts(_CUT, "calibrate{sequences=32 length=64}")
+        smollm2_folder, EXAMPLE_TEXTS / "kjv.heldout.txt", _experts("calibrate{sequences=32 length=64}"), is_dense=True
     ),
     "minilm": Subject(minilm_folder, EXAMPLE_TEXTS / "kjv.heldout.txt", _encoder(), is_encoder=True),
 }
@@ -113,7 +120,7 @@ def measure(subject: Subject, names: list[str], folder: Path) -> list[Row]:
     """Makes what is not there, and measures it."""
     rows = [_artifact_row(subject, name, _artifact(subject, name, folder), folder) for name in names]
     rows.append(_runtime_row(subject, folder))
-    rows.append(_torch_row(subject))
+    rows.append(_torch_row(subject, subject.source(folder)))
     generator = np.random.default_rng(0)
     for number in range(-1, _ROUNDS):
         for tokens in (DECODE, PREFILL):
@@ -139,10 +146,14 @@ def table(rows: list[Row]) -> str:
 def _artifact(subject: Subject, name: str, folder: Path, target: str = "ort-cpu") -> Path:
     output = folder / f"{name.replace(', ', '-').replace(' ', '-')}.{target}"
     if not (output / "onnx" / "model.onnx").is_file():
-        command = ["compile", str(subject.folder()), "-o", str(output), "--store", str(folder / "store")]
-        command += ["--target", target, "--check", "none", "--no-verify", *subject.rows[name]]
-        subprocess.run([sys.executable, "-m", "moec", *command], check=True, stdout=subprocess.DEVNULL)
+        _compile(subject.source(folder), output, folder, "--target", target, *subject.rows[name])
     return output
+
+
+def _compile(source: Path, output: Path, folder: Path, *options: str) -> None:
+    command = ["compile", str(source), "-o", str(output), "--store", str(folder / "store")]
+    command += ["--check", "none", "--no-verify", *options]
+    subprocess.run([sys.executable, "-m", "moec", *command], check=True, stdout=subprocess.DEVNULL)
 
 
 def _artifact_row(subject: Subject, name: str, artifact: Path, folder: Path) -> Row:
@@ -202,11 +213,11 @@ def _with_products(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _torch_row(subject: Subject) -> Row:
-    """The source in transformers, float32: dense where the table's models are cut into experts."""
+def _torch_row(subject: Subject, source: Path) -> Row:
+    """The source in transformers, float32."""
     torch.set_num_threads(1)
     kind = AutoModel if subject.is_encoder else AutoModelForCausalLM
-    model = kind.from_pretrained(subject.folder(), dtype=torch.float32).eval()
+    model = kind.from_pretrained(source, dtype=torch.float32).eval()
 
     def call(ids: NDArray[np.int64]) -> object:
         with torch.no_grad():
@@ -214,7 +225,7 @@ def _torch_row(subject: Subject) -> Row:
 
     loss = 0.0
     if not subject.is_encoder:
-        tokens = TextCodec(subject.folder()).read(subject.heldout).ids[: _LOSS.limit + 1]
+        tokens = TextCodec(source).read(subject.heldout).ids[: _LOSS.limit + 1]
         inputs = torch.from_numpy(tokens[:-1].reshape(-1, _LOSS.window))
         targets = torch.from_numpy(tokens[1:].reshape(-1, _LOSS.window))
         with torch.no_grad():

@@ -7,8 +7,8 @@ import pytest
 
 import moec
 from tests.quality.bit_budget import compare
-from tests.quality.harness import calibrated, increases, measure
-from tests.quality.packed_experts import outcomes
+from tests.quality.harness import SEEDS, calibrated, increases, measure
+from tests.quality.packed_experts import outcome, outcomes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quality-quantization")]
 
@@ -23,8 +23,13 @@ def seeds_of(name: str, options: str) -> np.ndarray[tuple[int, ...], np.dtype[np
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("options", ["bits=3 group=32", "bits=2 group=32", "kind=ternary group=row"])
 def test_second_order_is_far_better_than_nearest_codes(name: str, options: str) -> None:
-    """The margin is 1.8 in the error of a layer; in the loss it is as large."""
-    assert (seeds_of(name, f"{options} method=gptq") < 0.6 * seeds_of(name, options)).all()
+    """A margin of 1.8 in the error of layers with every seed, and in the loss over all; 3 bits cost so little that the
+    loss of a single seed is not told to a third of it by the windows that are measured."""
+    nearest = outcome(name, "nearest codes", f"quantize{{{options}}}", SEEDS[:1])
+    second = outcome(name, "GPTQ", f"quantize{{{options} method=gptq}}")
+    print(f"{name} {options}: nearest {nearest.errors} {nearest.increases}, GPTQ {second.errors} {second.increases}")
+    assert (second.errors < nearest.error / 1.8).all() and (second.increases < nearest.increase).all()
+    assert second.increase < nearest.increase / 1.8
 
 
 @pytest.mark.parametrize("name", MODELS)
