@@ -55,18 +55,21 @@ class Method(Enum):
 class Quantize(Pass):
     """Stores weights in packed formats: each matrix [out, in] as codes, and scales for groups of its inputs.
 
-    Integers of 1 to 8 bits, symmetric or with zero points; trits, whose levels are the extremes of a row (QMoE, arXiv
-    2310.16795), the scale of least squared error, or the mean absolute value; tables of 16 quantiles (NF4 of QLoRA)
-    or of k-means; MXFP4 and NVFP4, whose blocks are given. Routers and norms stay as they are unless routers are asked
-    for.
+    Integers of 1 to 8 bits, symmetric or with zero points, those of 1 bit the signs of weights; trits, whose levels are
+    the extremes of a row (QMoE, arXiv 2310.16795), the scale of least squared error, or the mean absolute value; tables
+    of 16 quantiles (NF4 of QLoRA) or of k-means; MXFP4 and NVFP4, whose blocks are given. Routers stay as they are
+    unless they are asked for, norms always.
 
     GPTQ takes the second moments of what each expert reads on the calibration text, in float64 and
     with QMoE's damping, ten times that of dense models, because few tokens reach an expert. Its last matrix gets the
     hidden activations of the packed ones before it. Where a moment is not positive definite it is damped more; an
     expert without tokens is rounded to nearest codes, as are matrices outside of feed-forward blocks. The calibration
-    decides which tokens count: `auto` adds all tokens, with the weight of 32, to those that chose the expert. In
-    each of `rounds` codes of integers go on by coordinate descent, and scales are fitted to them; with `refit` the last
-    matrix, unless it comes in bands, is first fitted to make up for what packing took from those before it.
+    decides which tokens count: those that chose the expert, alike (`routed`) or by their gates (`affinity`, MoEQuant),
+    every token (`all`), or as many of those that nearly chose it as it has fewer than others (`balanced`, EAQuant).
+    `auto` adds all tokens, with the weight of 32, to those that chose it, and `output` counts the latter by the squares
+    of their gates, as errors of the layer count. In each of `rounds` codes of integers go on by coordinate descent, and
+    scales are fitted to them; with `refit` the last matrix, unless it comes in bands, is first fitted to make up for
+    what packing took from those before it.
 
     `block-ap` goes on from there for integers (EfficientQAT's first phase, one expert at a time): `steps` of Adam on
     the codes, whose rounding passes gradients, and the scales, for the least error of what the expert gives; zero

@@ -181,6 +181,12 @@ def _fit_integer(kind: Integer, values: torch.Tensor, settings: GridSettings) ->
     if kind.bits == 1 and kind.zero_point is ZeroPoint.MIDDLE:
         # the signs of weights, at their mean absolute value: the least squared error (XNOR-Net)
         return Grid(kind, settings, _stored(2 * values.abs().mean(-1, keepdim=True), settings))
+    if kind.bits == 1 and kind.zero_point is ZeroPoint.FLOAT:
+        # the same around the mean; equal weights have no spread
+        mean = values.mean(-1, keepdim=True)
+        spread = torch.maximum((values - mean).abs().mean(-1, keepdim=True), mean.abs() / 1024)
+        scale = _stored(2 * spread, settings)
+        return Grid(kind, settings, scale, (0.5 - mean / scale.double()).to(settings.scale_dtype))
     best = _integer_range(kind, low, high, settings)
     if not settings.search:
         return best

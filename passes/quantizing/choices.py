@@ -94,7 +94,9 @@ class FormatOptions:
                 if not 1 <= self.bits <= 8:
                     raise ValueError(f"integers have 1 to 8 bits, not {self.bits}")
                 zero = ZeroPoint.INTEGER if self.zero_points is ZeroPoints.INTEGER else ZeroPoint.FLOAT
-                return Integer(self.bits, span, group, ZeroPoint.MIDDLE if self.symmetric else zero)
+                # of two codes, one that stands for zero would leave weights of one sign none
+                is_sign = self.bits == 1 and zero is ZeroPoint.INTEGER
+                return Integer(self.bits, span, group, ZeroPoint.MIDDLE if self.symmetric or is_sign else zero)
             case Kind.TERNARY:
                 packing = TritPacking.TWO_BITS if self.trits is Trits.TWO_BITS else TritPacking.FIVE_PER_BYTE
                 if self.ternary is TernaryFit.ROW_MINMAX:

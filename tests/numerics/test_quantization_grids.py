@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import pi
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from moec.dialects.quant import (
     ZeroPoint,
 )
 from moec.errors import UnsafeInputError, UsageError
+from moec.passes.quantizing.choices import FormatOptions, ZeroPoints
 from moec.quantization.codebooks import normal_float_table
 from moec.quantization.grids import GridSettings, TernaryFit
 from moec.quantization.packed import Packed
@@ -197,6 +199,25 @@ def test_one_outlier_among_small_weights(name: str) -> None:
     assert float(dense[1, 3]) == pytest.approx(1e30, rel=0.3)
     if not name.startswith("nvfp4"):
         assert bool((dense[[0, 2, 3]].abs().amax(1) > 1).all())
+
+
+@pytest.mark.parametrize("options", [FormatOptions(bits=1), FormatOptions(bits=1, zero_points=ZeroPoints.FLOAT)])
+def test_one_bit_keeps_the_signs(options: FormatOptions) -> None:
+    """Levels of least squared error: of Gaussian weights 1 - 2 / pi of the squares are lost, and less is not possible.
+
+    A zero point for numbers also follows weights that are not around zero, or all equal.
+    """
+    weight = gaussian(64, 512)
+    packed = round_matrix(options.target(), weight)
+    assert packed.problem() is None
+    assert float((packed.dense(torch.float64) - weight).square().mean() / weight.square().mean()) < 1.02 * (1 - 2 / pi)
+    assert torch.equal(packed.dense().sign()[weight.abs() > 1], weight.sign()[weight.abs() > 1].float())
+    if options.zero_points is ZeroPoints.FLOAT:
+        moved = round_matrix(options.target(), weight + 5).dense(torch.float64) - 5
+        assert float((moved - weight).square().mean()) < 1.02 * (1 - 2 / pi)
+        for equal in (0.0, 3.0, -0.25):
+            found = round_matrix(options.target(), torch.full((2, 64), equal)).dense()
+            assert torch.allclose(found, torch.full((2, 64), equal), rtol=2e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
