@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moec.codegen.onnx.expert_plan import ExpertsPlan
     from moec.codegen.onnx.fallback_function import FallbackForm
     from moec.codegen.onnx.lower_moe import LayerLowering
-    from moec.codegen.onnx.packed.kernel import KernelProduct
+    from moec.codegen.onnx.packed.kernel import KernelProducts
 
 NUMPY_DTYPES = {
     DType.F64: np.float64,
@@ -95,7 +95,7 @@ class Context:
     fallbacks: list[FallbackForm] = field(default_factory=list)
     functions: dict[str, ir.Function] = field(default_factory=dict)
     # the names of the functions that compute products with packed matrices
-    products: dict[KernelProduct, str] = field(default_factory=dict)
+    products: dict[KernelProducts, str] = field(default_factory=dict)
     # layers that have experts in common, within themselves or with others
     common: dict[Operation, CommonExperts] = field(default_factory=dict)
     # decided before emission: each layer of experts, additions that a fused node computes too, and what is part of one

@@ -115,6 +115,8 @@ def emit_onnx(
     placements, data = _store(builder.stored, folder, page)
     model = _model(context, placements, folder)
     proto = ir.to_proto(model)
+    # types of weights and constants, which say them themselves
+    del proto.graph.value_info[:]
     payload = proto.SerializeToString(deterministic=True)
     (folder / MODEL_FILE).write_bytes(payload)
     linked = any(tensor.origin is not None for tensor in builder.stored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,9 @@ import onnx_ir as ir
 from moec.codegen.onnx.context import Context, NamedWeight, refuse, tensor_of
 from moec.codegen.onnx.expert_products import Product, Stacks, divided, find_products, is_spread
 from moec.codegen.onnx.expert_rows import ClassRows
-from moec.codegen.onnx.packed.product import packed_product
+from moec.codegen.onnx.packed.kernel import kernel_products, store_matrix
+from moec.codegen.onnx.packed.matrix import PackedMatrix
+from moec.codegen.onnx.packed.product import packed_product, usable_form
 from moec.codegen.onnx.registry import emit_operation
 from moec.dialects.builtin import ConstantOp
 from moec.dialects.moe import ExpertsOp
@@ -87,9 +90,7 @@ class BodyWalk:
             if bias is not None:
                 biases = tuple(product.bias.expression for product in products if product.bias is not None)
                 bias = replace(bias, expression=Concat(1, biases))
-        outputs = tuple(
-            self._multiply(part, index, weight, bias) for index, part in enumerate(self._by_expert(first.rows))
-        )
+        outputs = self._multiply_all(self._by_expert(first.rows), weight, bias)
         if len(products) == 1:
             self.pieces[first.result] = outputs
             return
@@ -127,26 +128,40 @@ class BodyWalk:
             return (self._value(rows),)
         return self.b.ops("Split", self._value(rows), self.rows.counts(), outputs=self.rows.experts, axis=0)
 
-    def _multiply(self, rows: ir.Value, index: int, weight: Stacks, bias: Stacks | None) -> ir.Value:
-        place = -1 if weight.is_shared else index
-        with self.b.expert(len(self.context.lowerings), self.rows.number, place):
-            return self._multiply_expert(rows, index, weight, bias)
+    def _multiply_all(self, parts: Sequence[ir.Value], weight: Stacks, bias: Stacks | None) -> tuple[ir.Value, ...]:
+        """The rows of each expert, times its weight."""
+        if weight.packed is None or len(parts) == 1:
+            return tuple(self._multiply(part, index, weight, bias) for index, part in enumerate(parts))
+        form = usable_form(self.context, weight.packed.format, weight.packed.columns)
+        assert form is not None  # other experts are decoded in a loop, one in each round
+        matrices, offsets = [], []
+        for index in range(len(parts)):
+            with self._place(index, weight):
+                offsets.append(self._offset(index, bias))
+                matrices.append(store_matrix(self.context, self._packed(index, weight.packed), form))
+        return kernel_products(self.context, parts, matrices, form, offsets)
 
-    def _multiply_expert(self, rows: ir.Value, index: int, weight: Stacks, bias: Stacks | None) -> ir.Value:
-        offset = None
-        if bias is not None:
-            offset = self.context.weight(_row(bias, index, self.context), _row_name(bias, index))
-        if weight.packed is not None:
-            packed = weight.packed.map(
-                lambda _, stack: NamedWeight(_row(stack, index, self.context), _row_name(stack, index))
-            )
-            return packed_product(self.context, rows, packed, offset)
-        matrix = _row(weight, index, self.context)
-        # Gemm takes either layout, so the checkpoint's own is kept
-        swapped = isinstance(matrix, Transpose)
-        stored = _transposed(matrix) if swapped else matrix
-        value = self.context.weight(stored, _row_name(weight, index))
-        return self.b.op("Gemm", rows, value, offset, transB=0 if swapped else 1)
+    def _multiply(self, rows: ir.Value, index: int, weight: Stacks, bias: Stacks | None) -> ir.Value:
+        with self._place(index, weight):
+            offset = self._offset(index, bias)
+            if weight.packed is not None:
+                return packed_product(self.context, rows, self._packed(index, weight.packed), offset)
+            matrix = _row(weight, index, self.context)
+            # Gemm takes either layout, so the checkpoint's own is kept
+            swapped = isinstance(matrix, Transpose)
+            stored = _transposed(matrix) if swapped else matrix
+            value = self.context.weight(stored, _row_name(weight, index))
+            return self.b.op("Gemm", rows, value, offset, transB=0 if swapped else 1)
+
+    def _place(self, index: int, weight: Stacks) -> AbstractContextManager[None]:
+        """Weights first used inside belong to this expert."""
+        return self.b.expert(len(self.context.lowerings), self.rows.number, -1 if weight.is_shared else index)
+
+    def _offset(self, index: int, bias: Stacks | None) -> ir.Value | None:
+        return None if bias is None else self.context.weight(_row(bias, index, self.context), _row_name(bias, index))
+
+    def _packed(self, index: int, packed: PackedMatrix[Stacks]) -> PackedMatrix[NamedWeight]:
+        return packed.map(lambda _, stack: NamedWeight(_row(stack, index, self.context), _row_name(stack, index)))
 
     # everything else
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from moec.codegen.onnx.context import Context, NamedWeight
 from moec.codegen.onnx.graph import MICROSOFT
 from moec.codegen.onnx.packed.decode import decode
-from moec.codegen.onnx.packed.kernel import kernel_product
+from moec.codegen.onnx.packed.kernel import kernel_products, store_matrix
 from moec.codegen.onnx.packed.kernel_form import KernelForm, kernel_form
 from moec.codegen.onnx.packed.matrix import PackedMatrix, packed_matrix
 from moec.dialects.quant import BlockFloat, DequantOp, Format, Integer, TernaryDictionary, ZeroPoint
@@ -40,7 +40,7 @@ def packed_product(context: Context, x: ir.Value, packed: PackedMatrix[NamedWeig
     """x [..., columns] times the transpose of the matrix, plus bias [N]."""
     form = usable_form(context, packed.format, packed.columns)
     if form is not None:
-        return kernel_product(context, x, packed, form, bias)
+        return kernel_products(context, [x], [store_matrix(context, packed, form)], form, [bias])[0]
     b = context.builder
     product = b.op("MatMul", x, b.op("Transpose", decoded(context, packed), perm=[1, 0]))
     return product if bias is None else b.op("Add", product, bias)
