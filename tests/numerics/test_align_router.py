@@ -7,7 +7,7 @@ import torch
 
 from moec.api import run_passes
 from moec.dialects.quant import DequantOp, Integer
-from moec.experts import find_moe_layers
+from moec.experts import find_moe_layers, run_layer
 from moec.ir import print_operation
 from moec.module import Module
 from tests.experts.models import calibrate_text, copy_of, difference, output, raised_model
@@ -55,6 +55,22 @@ def test_eight_bits_are_enough(source: Module) -> None:
     report = run_passes(module, "align-router{method=clip}")
     reasons = [refusal.reason for refusal in report.records[0].refusals]
     assert reasons == ["its router is packed already"] * len(find_moe_layers(source.op))
+
+
+def test_experts_that_nobody_prefers_count_where_that_is_asked(source: Module) -> None:
+    assert source.calibration is not None
+    divergences = []
+    for share in (0, 1):
+        module = copy_of(source)
+        run_passes(module, f"align-router{{method=clip bits=2 top-share={share}}}")
+        old, new = (find_moe_layers(found.op)[0] for found in (source, module))
+        rows = source.calibration.sample(old).router_input
+        p, q = (
+            run_layer(layer, source.weights, rows, rows, with_experts=False).logits.double().log_softmax(1)
+            for layer in (old, new)
+        )
+        divergences.append(float((p.exp() * (p - q)).sum(1).mean()))
+    assert divergences[1] < 0.98 * divergences[0]
 
 
 def test_equal_inputs_give_equal_text(source: Module) -> None:

@@ -14,13 +14,26 @@ from moec.api import run_passes
 from moec.artifact.summary import model_size
 from moec.calibration.text_loss import text_loss
 from moec.errors import UsageError
-from moec.experts import Banded, FeedForward, Quantized, find_moe_layers, load_expert, permute_experts, protect_experts
+from moec.experts import (
+    Banded,
+    Dense,
+    FeedForward,
+    Quantized,
+    find_moe_layers,
+    load_expert,
+    permute_experts,
+    protect_experts,
+)
 from moec.ir import parse_module, print_operation
 from moec.module import Module
 from moec.passes.bit_allocation.bands import bands_by_energy
+from moec.passes.bit_allocation.costs import LayerCosts, Objective
 from moec.passes.bit_allocation.orders import Sensitivities, longest_prefix
 from moec.passes.bit_allocation.solvers import Solver, Table, solve
+from moec.passes.factoring.sides import Side, dense_matrix, with_matrices
+from moec.passes.quantizing.choices import FormatOptions
 from moec.quantization.bit_plan import BitPlan, ExpertBits
+from moec.quantization.rounding import round_matrix
 from tests.experts.models import calibrate_text, copy_of, difference, output, raised_model
 
 
@@ -82,6 +95,45 @@ def planned(source: Module, options: str) -> tuple[Module, BitPlan]:
     run_passes(module, f"allocate-bits{{{options}}}")
     assert module.bits is not None
     return module, module.bits
+
+
+@pytest.mark.parametrize("by_side", [False, True])
+def test_costs_are_those_of_the_formulas(source: Module, by_side: bool) -> None:
+    """With d F what rounding changes: g^2 |d F|^2; that times shares of tokens and gates; shares, and energies, times
+    relative errors of weights."""
+    assert source.calibration is not None
+    layer = find_moe_layers(source.op)[0]
+    sample = source.calibration.sample(layer)
+    number = 3
+    expert = load_expert(layer, source.weights, number)
+    assert isinstance(expert, FeedForward)
+    rows, gates = sample.chosen(layer, number)
+    x, whole = sample.x[rows].float(), float(sample.y.double().square().sum())
+    tokens, gate_share = len(rows) / len(sample), float(gates.sum() / sample.route(layer).gates.double().sum())
+    energy = float((expert.apply(x).double() * gates[:, None]).square().sum()) / whole
+    targets = [FormatOptions(bits=bits, group="16").target() for bits in (2, 4)]
+    found = {
+        objective: LayerCosts(layer, sample, objective).of(number, expert, targets, by_side=by_side)
+        for objective in Objective
+        if not objective.is_measured
+    }
+    for place, sides in enumerate([[side] for side in Side] if by_side else [list(Side)]):
+        for choice, target in enumerate(targets):
+            old = {side: dense_matrix(expert, side) for side in sides}
+            new = {side: round_matrix(target, weight).dense() for side, weight in old.items()}
+            changed = with_matrices(expert, {side: Dense(weight) for side, weight in new.items()})
+            moved = (changed.apply(x) - expert.apply(x)).double() * gates[:, None]
+            error = float(moved.square().sum()) / whole
+            wrong = sum(float((new[side] - old[side]).double().square().sum()) for side in sides)
+            relative = wrong / sum(float(weight.double().square().sum()) for weight in old.values())
+            wanted = {
+                Objective.OUTPUT: error,
+                Objective.PMQ: tokens * gate_share**1.5 * error,
+                Objective.FREQUENCY: tokens * relative,
+                Objective.ENERGY: energy * relative,
+            }
+            for objective, costs in found.items():
+                assert costs[place][choice] == pytest.approx(wanted[objective], rel=1e-5), objective
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])

@@ -124,6 +124,24 @@ def test_policies_choose_rows(source: Module) -> None:
     assert torch.allclose(output - prior, (x * (gates.square() / gates.square().mean())[:, None]).T @ x)
 
 
+def test_what_fills_up_rare_experts_nearly_chose_them(source: Module) -> None:
+    """The rows behind those that chose an expert are the ones that its router rates highest of the others."""
+    assert source.calibration is not None
+    layer = find_moe_layers(source.op)[0]
+    sample = source.calibration.sample(layer)
+    filled = 0
+    for number in range(layer.expert_count):
+        chosen, _ = sample.chosen(layer, number)
+        rows, weights = ExpertInputs(layer, sample, Policy.BALANCED).rows(number)
+        assert torch.equal(rows[: len(chosen)], sample.x[chosen].float()) and bool((weights == 1).all())
+        scores = sample.route(layer).logits[:, number].clone()
+        scores[chosen] = -torch.inf
+        extra = scores.topk(len(rows) - len(chosen)).indices
+        assert torch.equal(rows[len(chosen) :], sample.x[extra].float())
+        filled += len(extra)
+    assert filled > 0
+
+
 @pytest.mark.slow
 def test_training_a_block_errs_less_than_its_start(source: Module) -> None:
     options = "bits=2 group=16"

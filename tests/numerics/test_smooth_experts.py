@@ -79,14 +79,46 @@ def test_outliers_go_and_the_function_stays(source: Module, options: str, tmp_pa
     assert rounded_error(module, tmp_path) < 0.1 * rounded_error(source, tmp_path)
 
 
+@pytest.mark.parametrize("aggregate", ["max", "mean"])
+@pytest.mark.parametrize(("alpha", "router"), [(0.6, True), (0.3, False)])
+def test_factors_are_those_of_the_formula(source: Module, aggregate: str, alpha: float, router: bool) -> None:
+    """max|x_j|^a / max|W_:j|^(1 - a) of each expert and the router, joined, of geometric mean 1, to powers of two."""
+    module = copy_of(source)
+    run_passes(module, f"smooth-experts{{alpha={alpha} aggregate={aggregate} router={str(router).lower()}}}")
+    assert source.calibration is not None
+    layer, changed = (find_moe_layers(found.op)[0] for found in (source, module))
+    sample = source.calibration.sample(layer)
+    pairs = []
+    for number in range(layer.expert_count):
+        expert = load_expert(layer, source.weights, number)
+        assert isinstance(expert, FeedForward) and expert.gate is not None
+        pairs.append((sample.x[sample.chosen(layer, number)[0]], torch.cat([expert.gate.dense(), expert.up.dense()])))
+    if router:
+        weight = layer.router.tensor("weight").defining_op
+        assert isinstance(weight, WeightOp)
+        pairs.append((sample.router_input, source.weights.load(weight.source)))
+    wishes = [
+        x.double().abs().amax(0) ** alpha / matrix.double().abs().amax(0) ** (1 - alpha)
+        for x, matrix in pairs
+        if len(x)
+    ]
+    joined = torch.stack(wishes).amax(0) if aggregate == "max" else torch.stack(wishes).mean(0)
+    wanted = torch.exp2((joined / joined.log().mean().exp()).log2().round())
+    assert torch.equal(ratio_of_norms(source, layer, module, changed).double(), wanted)
+
+
+def ratio_of_norms(source: Module, layer: MoeLayer, module: Module, changed: MoeLayer) -> torch.Tensor:
+    before, after = (norm_of(found).weight for found in (layer, changed))
+    assert before is not None and isinstance(before.defining_op, WeightOp)
+    assert after is not None and isinstance(after.defining_op, WeightOp)
+    return source.weights.load(before.defining_op.source) / module.weights.load(after.defining_op.source)
+
+
 def test_factors_are_powers_of_two(source: Module) -> None:
     module = copy_of(source)
     run_passes(module, "smooth-experts")
     for old, new in zip(find_moe_layers(source.op), find_moe_layers(module.op), strict=True):
-        before, after = (norm_of(layer).weight for layer in (old, new))
-        assert before is not None and isinstance(before.defining_op, WeightOp)
-        assert after is not None and isinstance(after.defining_op, WeightOp)
-        ratio = source.weights.load(before.defining_op.source) / module.weights.load(after.defining_op.source)
+        ratio = ratio_of_norms(source, old, module, new)
         assert torch.equal(ratio.log2(), ratio.log2().round())
         assert bool((ratio[list(OUTLIERS)] > ratio.median()).all())
 
