@@ -10,7 +10,11 @@ import onnx
 import pytest
 import torch
 
+import moec
+from moec.artifact.manifest import read_manifest
+from moec.artifact.opened import ONNX_FOLDER
 from moec.artifact.options import Activations
+from moec.artifact.runtime import OnnxModel
 from moec.codegen.onnx.cost_model import Lowering
 from moec.codegen.onnx.emit import EXPERTS_FILE, MODEL_FILE, OnnxReport, emit_onnx
 from moec.codegen.onnx.session_file import read_session_file
@@ -22,6 +26,7 @@ from moec.module import Module
 from tests.benchmarks.expert_layers import LayerShape, moe_layers
 from tests.codegen.packed_matrices import expert, experts_module
 from tests.codegen.running import assert_close, emit_and_run, module_of, reference
+from tests.frontend.tiny_models import save_tiny_checkpoint
 
 FORMAT = Integer(4, Span.GROUP, 32)
 PAGE = 4096
@@ -63,6 +68,39 @@ def _places(folder: Path) -> dict[str, list[int]]:
         if entries.get("location") == EXPERTS_FILE:
             places.setdefault(item.name.rpartition(".")[2], []).append(int(entries["offset"]))
     return places
+
+
+@pytest.mark.parametrize(
+    ("packed", "form", "options"),
+    [
+        (False, Lowering.LEAN, {"session.disable_prepacking": "1"}),
+        (False, Lowering.FUSED, {}),
+        (True, Lowering.LEAN, {}),
+    ],
+    ids=["float32", "float32, fused", "4 bits"],
+)
+def test_what_loading_needs_is_written_down_and_done(
+    packed: bool, form: Lowering, options: dict[str, str], tmp_path: Path
+) -> None:
+    """Kernels of packed weights are slow on weights that they did not arrange, and the fused operator copies none."""
+    module = _packed_layer(4, 64, 64, 2) if packed else moe_layers(LayerShape(4, 64, 96, 2))
+    module.op.attributes[PAGE_ATTRIBUTE] = PAGE
+    report = emit_onnx(module, tmp_path, target=Target.ORT_CPU, lowering=form)
+    assert report.session is not None and report.session.options == options
+    assert read_session_file(tmp_path) == report.session
+    loaded = OnnxModel(tmp_path / MODEL_FILE).session.get_session_options()
+    for key, value in options.items():
+        assert loaded.get_session_config_entry(key) == value
+
+
+def test_the_manifest_says_how_to_load(tmp_path: Path) -> None:
+    save_tiny_checkpoint("mixtral", tmp_path / "source")
+    out = tmp_path / "out"
+    moec.compile(tmp_path / "source", out, pipeline="externalize", check="none", verify=False, store=tmp_path)
+    build = read_manifest(out).build
+    assert build.session_options == {"session.disable_prepacking": "1"} and not build.prepacked_bytes
+    assert read_session_file(out / ONNX_FOLDER).options == build.session_options
+    assert (out / ONNX_FOLDER / EXPERTS_FILE).is_file()
 
 
 _TOUCH = """

@@ -78,19 +78,25 @@ def test_a_layer_of_many_formats(target: Target, tmp_path: Path) -> None:
         assert_close(found["y"], reference(module, feeds)["y"])
 
 
-@pytest.mark.parametrize("name", ["int3 row", "int4 g32 zero points", "mxfp4", "dictionary of 10 bits"])
-def test_weights_stay_packed_when_the_runtime_loads_them(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        *((name, Target.PORTABLE) for name in ("int3 row", "int4 g32 zero points", "mxfp4", "dictionary of 10 bits")),
+        *((name, Target.ORT_CPU) for name in ("int4 g32 zero points", "ternary extremes", "dictionary of 10 bits")),
+    ],
+)
+def test_weights_stay_packed_when_the_runtime_loads_them(name: str, target: Target, tmp_path: Path) -> None:
     """The trap: a runtime computes what depends on weights alone when it loads a file, and keeps it unpacked."""
     generator = torch.Generator().manual_seed(2)
     members = [expert([ALL[name]] * 3, HIDDEN, WIDTH, generator) for _ in range(EXPERTS)]
     op, weights = experts_module([members], HIDDEN, routing=ROUTING)
     feeds = {"x": torch.randn((3, HIDDEN), generator=generator)}
-    emit_and_run(module_of(op, weights), feeds, tmp_path / "experts", target=Target.PORTABLE)
+    emit_and_run(module_of(op, weights), feeds, tmp_path / "experts", target=target)
     assert _optimised_bytes(tmp_path / "experts") < 1.1 * _stored_bytes(tmp_path / "experts")
     packed = random_packed(ALL[name], 256, 256, generator)
     module = module_of(*linear_module(packed))
     feeds = {"x": torch.randn((1, 1, 256), generator=generator)}
-    emit_and_run(module, feeds, tmp_path / "linear", target=Target.PORTABLE)
+    emit_and_run(module, feeds, tmp_path / "linear", target=target)
     assert _optimised_bytes(tmp_path / "linear") < 1.1 * _stored_bytes(tmp_path / "linear")
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
+from moec.api import run_passes
+from moec.experts import find_moe_layers
 from moec.passes.cache_planning.prediction import path_recall
-from moec.passes.cache_planning.simulation import Access, Policy, hit_rate
+from moec.passes.cache_planning.simulation import Access, Policy, hit_rate, simulate
+from tests.experts.models import calibrate_text, raised_model
 
 
 def _of(experts: list[int]) -> list[Access]:
@@ -51,3 +56,32 @@ def test_paths_foresee_what_follows_and_nothing_else() -> None:
     assert chance < 0.3
     # empty slots do not count
     assert path_recall(torch.full((400, 1), -1), before, 8, 8) == 0.0
+
+
+def test_the_pass_walks_through_the_rows_of_the_calibration(tmp_path: Path) -> None:
+    """Row by row, layer by layer, by descending gates, of which those behind more than .6 of the gates count little."""
+    module = raised_model("mixtral", tmp_path)
+    run_passes(module, calibrate_text(tmp_path))
+    assert module.calibration is not None
+    layers = find_moe_layers(module.op)
+    runs = [module.calibration.sample(layer).route(layer) for layer in layers]
+    trace = []
+    for row in range(100):
+        for number, found in enumerate(runs):
+            gates, ids = found.gates[row].tolist(), found.stored_ids[row].tolist()
+            before = 0.0
+            for gate, expert in sorted(zip(gates, ids, strict=True), reverse=True):
+                trace.append(Access(number, expert, important=before <= 0.6 * sum(gates)))
+                before += gate
+    assert 0 < sum(access.important for access in trace) - len(trace) / 2 < len(trace) / 2
+    size = round(0.3 * sum(layer.expert_count for layer in layers))
+    rates = {policy: hit_rate(trace, policy, size, len(layers)) for policy in Policy}
+    report = run_passes(module, "plan-cache{capacity=0.3 rows=100}")
+    text = ", ".join(f"{policy.value} {rate:.1%}" for policy, rate in rates.items())
+    assert text in report.records[0].remarks[0].text
+    plan = module.cache_plan
+    assert plan is not None and plan.capacity == size and rates[plan.policy] == max(rates.values())
+    hits = simulate(trace, plan.policy, size, len(layers))
+    for number, layer in enumerate(layers):
+        expected = [hits.rate_of((number, expert)) for expert in range(layer.expert_count)]
+        assert plan.hit_rates[layer.name] == tuple(expected)

@@ -10,7 +10,7 @@ from moec.artifact.summary import model_size
 from moec.dialects.aten import AtenOp
 from moec.dialects.builtin import WeightOp
 from moec.dialects.moe import ExpertsOp, RouteOp
-from moec.dialects.quant import DequantOp, Integer, Span, ZeroPoint
+from moec.dialects.quant import DequantOp, Integer, Levels, Span, Ternary, TritPacking, ZeroPoint
 from moec.errors import UnsafeInputError, UsageError
 from moec.experts import (
     Dense,
@@ -26,6 +26,7 @@ from moec.experts import (
 from moec.experts.layer import router_of
 from moec.ir import parse_module, print_operation, verify
 from moec.module import Module
+from moec.quantization.grids import GridSettings, TernaryFit
 from moec.quantization.rounding import Target, round_matrix
 from tests.experts.models import copy_of, output, raised_model
 
@@ -80,9 +81,21 @@ def test_layers_move_as_far_as_their_format_lets_them(source: Module, options: s
             assert isinstance(expert.up.matrix, Quantized) and isinstance(expert.down.matrix, Quantized)
 
 
-def test_codes_are_those_of_rounding(source: Module) -> None:
-    module = quantized(source, "bits=4 group=16 sides=up,down")
-    target = Target(Integer(4, Span.GROUP, 16, ZeroPoint.INTEGER))
+ROUNDED = {
+    "bits=4": (Integer(4, Span.GROUP, 16, ZeroPoint.INTEGER), GridSettings()),
+    "bits=3 search": (Integer(3, Span.GROUP, 16, ZeroPoint.INTEGER), GridSettings(search=True)),
+    "bits=3 scales=bf16": (Integer(3, Span.GROUP, 16, ZeroPoint.INTEGER), GridSettings(torch.bfloat16)),
+    "kind=ternary ternary=absmean scales=f16 trits=5per8": (
+        Ternary(Levels.SCALE, Span.GROUP, 16, TritPacking.FIVE_PER_BYTE),
+        GridSettings(torch.float16, ternary=TernaryFit.ABSMEAN),
+    ),
+}
+
+
+@pytest.mark.parametrize("options", ROUNDED)
+def test_codes_are_those_of_rounding(source: Module, options: str) -> None:
+    module = quantized(source, f"{options} group=16 sides=up,down")
+    target = Target(*ROUNDED[options])
     old, new = find_moe_layers(source.op)[1], find_moe_layers(module.op)[1]
     for number in range(old.expert_count):
         before, after = load_expert(old, source.weights, number), load_expert(new, module.weights, number)
@@ -90,7 +103,9 @@ def test_codes_are_those_of_rounding(source: Module) -> None:
         assert before.gate is not None and after.gate is not None
         assert isinstance(after.gate.matrix, Dense) and torch.equal(after.gate.dense(), before.gate.dense())
         assert isinstance(after.up.matrix, Quantized)
-        assert torch.equal(after.up.matrix.packed.codes, round_matrix(target, before.up.dense()).codes)
+        packed, wanted = after.up.matrix.packed, round_matrix(target, before.up.dense())
+        assert packed.format == wanted.format and packed.scales.dtype is target.settings.scale_dtype
+        assert torch.equal(packed.codes, wanted.codes) and torch.equal(packed.scales, wanted.scales)
 
 
 def test_parts_of_the_model(source: Module) -> None:
