@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from moec.dialects.quant import Codebook, Span
 from moec.quantization.packed import groups_of
@@ -19,8 +19,8 @@ def normal_float_table() -> torch.Tensor:
 
     QLoRA (Dettmers et al. 2023, section 3): 8 quantiles below and 9 above, of which zero is shared.
     """
-    below = norm.ppf(torch.linspace(1 - _NF4_OFFSET, 0.5, 8, dtype=torch.float64)[:-1].numpy())
-    above = norm.ppf(torch.linspace(1 - _NF4_OFFSET, 0.5, 9, dtype=torch.float64)[:-1].numpy())
+    below = ndtri(torch.linspace(1 - _NF4_OFFSET, 0.5, 8, dtype=torch.float64)[:-1].numpy())
+    above = ndtri(torch.linspace(1 - _NF4_OFFSET, 0.5, 9, dtype=torch.float64)[:-1].numpy())
     values = torch.cat([-torch.from_numpy(below), torch.zeros(1, dtype=torch.float64), torch.from_numpy(above)])
     return (values.sort().values / values.abs().max())[:, None]
 

@@ -38,23 +38,24 @@ def _better_codes(
     grid: Grid, codes: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor, split: int
 ) -> torch.Tensor:
     """Each column in turn at its best codes, given those of the others."""
-    rows, columns = weight.shape
-    codes = codes.clone()
-    found = _decode(grid, codes, split)
-    slope = (found - weight) @ moment
+    columns = weight.shape[1]
+    # columns lie one after the other in memory
+    codes = codes.T.clone()
+    found = _decode(grid, codes.T, split).T.contiguous()
+    slope = moment @ (found - weight.T)
+    grids = [_group(grid, number) for number in range(split)]
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        changes = torch.zeros(rows, stop - start, dtype=torch.float64)
+        changes = torch.empty(stop - start, len(weight), dtype=torch.float64)
         for column in range(start, stop):
-            own = _group(grid, column * split // columns)
-            best = found[:, column] - slope[:, column] / moment[column, column]
-            codes[:, column] = own.codes(best[:, None])[:, 0]
-            change = own.decode(codes[:, column : column + 1])[:, 0] - found[:, column]
-            changes[:, column - start] = change
-            slope[:, column:stop] += change[:, None] * moment[column, column:stop]
-        # what lies behind the block, and what a next round starts from, is brought up to date at once
-        slope[:, stop:] += changes @ moment[start:stop, stop:]
-    return codes
+            best = found[column] - slope[column] / moment[column, column]
+            chosen, values = grids[column * split // columns].rounded(best[:, None])
+            codes[column] = chosen[:, 0]
+            change = changes[column - start] = values[:, 0] - found[column]
+            slope[column:stop].addr_(moment[column, column:stop], change)
+        # what lies behind the block is brought up to date at once
+        slope[stop:].addmm_(moment[start:stop, stop:].T, changes)
+    return codes.T.contiguous()
 
 
 def _better_scales(grid: Grid, codes: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor, split: int) -> Grid:
@@ -73,18 +74,18 @@ def _better_scales(grid: Grid, codes: torch.Tensor, weight: torch.Tensor, moment
     floor = 1e-9 * normal.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
     ridge = floor[:, None]
     normal.diagonal(dim1=1, dim2=2).add_(ridge)
-    new = torch.linalg.solve(normal, (wanted + ridge * old)[..., None])[..., 0]
+    wanted += ridge * old
+    new = torch.linalg.solve(normal, wanted[..., None])[..., 0]
     limits = torch.finfo(grid.scale.dtype)
     usable = (new.isfinite() & (new > limits.tiny) & (new < limits.max)).all(1, keepdim=True)
-    tried = _with_scale(grid, torch.where(usable, new, old).to(grid.scale.dtype)[..., None])
-    better = _error(tried, codes, weight, moment, split) < _error(grid, codes, weight, moment, split)
-    return _with_scale(grid, torch.where(better[:, None, None], tried.scale, grid.scale))
+    tried = torch.where(usable, new, old).to(grid.scale.dtype)
+    better = _error(tried.double(), normal, wanted) < _error(old, normal, wanted)
+    return _with_scale(grid, torch.where(better[:, None], tried, grid.scale[..., 0])[..., None])
 
 
-def _error(grid: Grid, codes: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor, split: int) -> torch.Tensor:
-    """That of each row, [N]."""
-    change = _decode(grid, codes, split) - weight
-    return ((change @ moment) * change).sum(1)
+def _error(scale: torch.Tensor, normal: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """That of each row, [N], by its normal equations [N, G, G] and [N, G], but for what no scales [N, G] change."""
+    return ((normal @ scale[..., None])[..., 0] * scale - 2 * wanted * scale).sum(1)
 
 
 def _decode(grid: Grid, codes: torch.Tensor, split: int, *, unscaled: bool = False) -> torch.Tensor:

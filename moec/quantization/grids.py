@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 
 import torch
 
@@ -75,9 +76,7 @@ class Grid:
         """The code u8 of each value float64 [..., n]; for a codebook of several weights [..., n / dim]."""
         kind = self.format
         if isinstance(kind, Integer):
-            scaled = values / self.scale.double()
-            zero = kind.middle if self.zero is None else self.zero.double()
-            return (scaled + zero).round_().clamp_(0, (1 << kind.bits) - 1).to(torch.uint8)
+            return self.rounded(values)[0].to(torch.uint8)
         if isinstance(kind, Ternary):
             if kind.levels is Levels.EXTREMES:
                 low, high = _extremes(self.scale)
@@ -94,8 +93,7 @@ class Grid:
         """The values float64 of codes."""
         kind = self.format
         if isinstance(kind, Integer):
-            zero = kind.middle if self.zero is None else self.zero.double()
-            return (codes.double() - zero) * self.scale.double()
+            return (codes.double() - self._number_zero) * self._number_scale
         if isinstance(kind, Ternary):
             low, high = (
                 _extremes(self.scale) if kind.levels is Levels.EXTREMES else (-self.scale.double(), self.scale.double())
@@ -105,9 +103,27 @@ class Grid:
             return element_values(kind.element).double()[codes.long()] * self._block_scale()
         return self._table()[codes.long()].flatten(-2) * self.scale.double()
 
+    def rounded(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, of any type, and their values) for values float64 [..., n]: `codes` and `decode` in one."""
+        if not isinstance(self.format, Integer):
+            codes = self.codes(values)
+            return codes, self.decode(codes)
+        scale, zero = self._number_scale, self._number_zero
+        codes = (values / scale).add_(zero).round_().clamp_(0, (1 << self.format.bits) - 1)
+        return codes, (codes - zero).mul_(scale)
+
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
         """Each value rounded to the grid."""
-        return self.decode(self.codes(values))
+        return self.rounded(values)[1]
+
+    @cached_property
+    def _number_scale(self) -> torch.Tensor:
+        return self.scale.double()
+
+    @cached_property
+    def _number_zero(self) -> torch.Tensor | float:
+        assert isinstance(self.format, Integer)
+        return self.format.middle if self.zero is None else self.zero.double()
 
     def _table(self) -> torch.Tensor:
         assert self.settings.table is not None

@@ -8,7 +8,7 @@ first column is due, all updates included.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -41,10 +41,38 @@ class SecondOrderResult:
     fallback: Fallback
 
 
+@dataclass
+class Damped:
+    """A second moment [K, K], float64, and what is added to its diagonal, as a share of the mean of that.
+
+    Factors are kept for the order that was asked for last: all matrices that read the same share them.
+    """
+
+    moment: torch.Tensor
+    damping: float
+    _order: torch.Tensor | None = field(default=None, repr=False)
+    _factors: _Factors | None = field(default=None, repr=False)
+
+    def factors(self, order: torch.Tensor) -> _Factors | None:
+        """For columns in an order, int64 [K]; None where no damping helps, or where there are no inputs."""
+        if self._order is None or not torch.equal(self._order, order):
+            self._order, self._factors = order, _factors(self.moment, self.damping, order)
+        return self._factors
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """The damped moment [K, K], U of U^T U = H^-1 for its columns in an order, and what it took."""
+
+    moment: torch.Tensor
+    upper: torch.Tensor
+    fallback: Fallback
+
+
 def round_second_order(
     target: Target,
     weight: torch.Tensor,
-    moment: torch.Tensor,
+    moment: torch.Tensor | Damped,
     *,
     damping: float = 0.1,
     ordered: bool = True,
@@ -53,8 +81,9 @@ def round_second_order(
 ) -> SecondOrderResult:
     """The matrix [N, K] in a format, for inputs of second moment [K, K] (any multiple of it, symmetric).
 
-    `damping`: what is added to the diagonal of the moment, as a share of its mean; ten and a hundred times as much
-    where the moment is not positive definite, and nearest codes where that fails too, or where there are no inputs.
+    `damping`: what is added to the diagonal of the moment, as a share of its mean, unless that says it itself; ten and
+    a hundred times as much where the moment is not positive definite, and nearest codes where that fails too, or where
+    there are no inputs.
     `ordered`: columns of large inputs first; where groups share scales, whole groups move, so that no index is stored.
     `rounds`: how often codes and scales of integers are made better in turn afterwards, on the damped moment.
     Raises UsageError for a matrix that does not fit the format, UnsafeInputError for one that is not finite.
@@ -63,49 +92,35 @@ def round_second_order(
     target = target.prepared(weight, where)
     if isinstance(target.format, Codebook) and target.format.dim > 1:
         raise UsageError("entries of several weights cannot be rounded column by column", where=where)
+    damped = moment if isinstance(moment, Damped) else Damped(moment.double(), damping)
     try:
-        factor, fallback = _factor(moment.double(), damping)
-        if factor is None:
+        order = _order(target, damped.moment, ordered)
+        factors = damped.factors(order)
+        if factors is None:
             return SecondOrderResult(pack(target, weight.shape[1], *round_groups(target, weight)), Fallback.NEAREST)
-        order = _order(target, moment, ordered)
-        grid, codes = _round_columns(target, weight, factor(order), order)
+        grid, codes = _round_columns(target, weight, factors.upper, order)
         if rounds and isinstance(target.format, Integer):
-            grid, codes = descend(grid, codes, weight, factor.moment, rounds)
+            grid, codes = descend(grid, codes, weight, factors.moment, rounds)
     except UsageError as error:
         raise UsageError(error.message, where=where, hint=error.hint) from error
-    return SecondOrderResult(pack(target, weight.shape[1], grid, codes), fallback)
+    return SecondOrderResult(pack(target, weight.shape[1], grid, codes), factors.fallback)
 
 
-@dataclass(frozen=True)
-class _Damped:
-    """A damped moment whose Cholesky factor exists."""
-
-    moment: torch.Tensor
-
-    def __call__(self, order: torch.Tensor) -> torch.Tensor:
-        """The upper factor U of the inverse, U^T U = H^-1, of the columns in an order."""
-        ordered = self.moment[order][:, order]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-        upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-        return upper
-
-
-def _factor(moment: torch.Tensor, damping: float) -> tuple[_Damped | None, Fallback]:
-    diagonal = moment.diagonal()
-    mean = float(diagonal.mean())
+def _factors(moment: torch.Tensor, damping: float, order: torch.Tensor) -> _Factors | None:
+    mean = float(moment.diagonal().mean())
     if not bool(torch.isfinite(moment).all()) or mean <= 0:
-        return None, Fallback.NEAREST
+        return None
     # inputs may be of any size
     moment = moment / mean
     for number, factor in enumerate(_MORE_DAMPING):
         damped = moment + max(damping * factor, _FLOOR) * torch.eye(len(moment), dtype=torch.float64)
-        found, problem = torch.linalg.cholesky_ex(damped)
+        lower, problem = torch.linalg.cholesky_ex(damped[order][:, order])
         if int(problem):
             continue
-        _, problem = torch.linalg.cholesky_ex(torch.cholesky_inverse(found), upper=True)
+        upper, problem = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(problem):
-            return _Damped(damped), Fallback.MORE_DAMPING if number else Fallback.NONE
-    return None, Fallback.NEAREST
+            return _Factors(damped, upper, Fallback.MORE_DAMPING if number else Fallback.NONE)
+    return None
 
 
 def _order(target: Target, moment: torch.Tensor, ordered: bool) -> torch.Tensor:
@@ -126,28 +141,27 @@ def _round_columns(
     kind = target.format
     columns = weight.shape[1]
     group = groups_of(kind, columns)
-    work = weight[:, order].clone()
-    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    # columns lie one after the other in memory
+    work = weight.T[order]
+    codes = torch.empty(work.shape, dtype=torch.uint8)
     found: dict[int, Grid] = {}
     grid: Grid | None = None
     for start, stop in _blocks(columns, group):
         if start % group == 0:
             # the members of a group lie together, in any order
-            fitted = work[:, start : start + group]
+            fitted = work[start : start + group].T
             fitted = fitted.reshape(1, -1) if getattr(kind, "span", None) is Span.TENSOR else fitted
             grid = found[int(order[start]) // group] = fit_grid(kind, fitted, target.settings)
         assert grid is not None
-        errors = torch.empty(len(work), stop - start, dtype=torch.float64)
+        errors = torch.empty(stop - start, work.shape[1], dtype=torch.float64)
         for column in range(start, stop):
-            current = work[:, column : column + 1]
-            chosen = grid.codes(current)
-            codes[:, column : column + 1] = chosen
-            error = (current - grid.decode(chosen)) / upper[column, column]
-            work[:, column + 1 : stop] -= error * upper[column, column + 1 : stop]
-            errors[:, column - start : column - start + 1] = error
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    natural = torch.empty_like(codes)
-    natural[:, order] = codes
+            chosen, values = grid.rounded(work[column, :, None])
+            codes[column] = chosen[:, 0]
+            error = errors[column - start] = (work[column] - values[:, 0]) / upper[column, column]
+            work[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    natural = torch.empty(weight.shape, dtype=torch.uint8)
+    natural[:, order] = codes.T
     grids = [found[number] for number in sorted(found)]
     zeros = [item.zero for item in grids if item.zero is not None]
     scale = torch.stack([item.scale for item in grids], dim=1)

@@ -13,7 +13,7 @@ from moec.passes.quantizing.blocks import Part
 from moec.passes.quantizing.inputs import second_moment
 from moec.quantization.packed import Packed
 from moec.quantization.rounding import Target
-from moec.quantization.second_order import Fallback, round_second_order
+from moec.quantization.second_order import Damped, Fallback, round_second_order
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _LastProduct:
 
     block: FeedForward
     weight: torch.Tensor
-    moment: torch.Tensor
+    moment: Damped
 
 
 @dataclass
@@ -49,7 +49,7 @@ class SecondOrder:
     rows: torch.Tensor
     weights: torch.Tensor | None = None
     fallbacks: list[Fallback] = field(default_factory=list)
-    _moment: torch.Tensor | None = field(default=None, repr=False)
+    _inputs: Damped | None = field(default=None, repr=False)
     _wanted: torch.Tensor | None = field(default=None, repr=False)
     # codes of several bits may be asked for behind the same other matrices
     _last: _LastProduct | None = field(default=None, repr=False)
@@ -62,14 +62,13 @@ class SecondOrder:
             if part.inputs is None:
                 weight = last.weight
         else:
-            moment = self._rows_moment()
+            moment = self.inputs
         if part.inputs is not None:
-            moment = moment[part.inputs][:, part.inputs]
+            moment = Damped(moment.moment[part.inputs][:, part.inputs], self.options.damping)
         result = round_second_order(
             self.options.target(part.bits, weight.shape[1]),
             weight,
             moment,
-            damping=self.options.damping,
             ordered=self.options.ordered,
             rounds=self.options.rounds,
             where=part.where,
@@ -77,11 +76,12 @@ class SecondOrder:
         self.fallbacks.append(result.fallback)
         return result.packed
 
-    def _rows_moment(self) -> torch.Tensor:
-        """That of the rows; gate and up read the same ones."""
-        if self._moment is None:
-            self._moment = second_moment(self.rows, self.weights)
-        return self._moment
+    @property
+    def inputs(self) -> Damped:
+        """The second moment [H, H] of the rows; gate and up read the same ones."""
+        if self._inputs is None:
+            self._inputs = Damped(second_moment(self.rows, self.weights), self.options.damping)
+        return self._inputs
 
     def _last_product(self, block: FeedForward, *, refit: bool) -> _LastProduct:
         if self._last is None or self._last.block is not block:
@@ -89,7 +89,7 @@ class SecondOrder:
             moment, weight = second_moment(hidden, self.weights), block.down.dense()
             if refit:
                 weight = self._refitted(weight.double(), hidden.double(), moment)
-            self._last = _LastProduct(block, weight, moment)
+            self._last = _LastProduct(block, weight, Damped(moment, self.options.damping))
         return self._last
 
     def _refitted(self, weight: torch.Tensor, hidden: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
