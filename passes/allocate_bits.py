@@ -22,7 +22,7 @@ from moec.passes.bit_allocation.orders import Sensitivities, longest_prefix
 from moec.passes.bit_allocation.solvers import Solver, Table, solve
 from moec.passes.factoring.sides import Side, dense_matrix, has_dense_matrices, sides_of
 from moec.passes.neuron_pruning.scores import Criterion, NeuronScorer
-from moec.passes.quantizing.choices import FormatOptions
+from moec.passes.quantizing.choices import Coding, FormatOptions
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 from moec.quantization.bit_plan import BitPlan, ExpertBits
 from moec.quantization.rounding import Target
@@ -50,8 +50,9 @@ class AllocateBits(Pass):
 
     1. Experts or matrices: each choice is rounded to nearest codes and costed on the rows of the calibration that
        chose the expert, by `objective`; the choices of least total cost are found by dynamic programming, which is
-       exact, or greedily. `at-least=3:1,2:1` makes one expert or matrix of each scope take 3 bits at least in number,
-       and one 2 bits (MC-MoE).
+       exact, or greedily. With `method=gptq` the codes that `quantize{method=gptq}` would make are costed, which fits
+       what it makes better, and takes as many times as long as there are choices. `at-least=3:1,2:1` makes one expert
+       or matrix of each scope take 3 bits at least in number, and one 2 bits (MC-MoE).
     2. Neurons (CAMERA-Q, arXiv 2508.02322): all neurons of a layer are ranked by their energy; the first of `shares`
        gets the first of `bits`, and so on. In each expert they are ordered so, which changes nothing, and the bands of
        gate, up and down are packed alone; the number of neurons in a band is a multiple of the group.
@@ -74,6 +75,7 @@ class AllocateBits(Pass):
 
     unit: Unit = option("what gets bits of its own", Unit.EXPERT)
     objective: Objective = option("cost of a choice", Objective.OUTPUT)
+    method: Coding = option("output, pmq: codes that are costed, as quantize will be told", Coding.RTN)
     solver: Solver = option("how the best choices are found", Solver.DP)
     scope: Scope = option("what the average is kept for", Scope.LAYER)
     average: float = option("bits per weight that codes may take on average", 3.0)
@@ -104,6 +106,9 @@ class AllocateBits(Pass):
             raise ValueError("pair-window must not be negative, and sequences must be at least 1")
         if self._measures and self.unit is not Unit.EXPERT:
             raise ValueError("losses are measured of whole experts: take unit=expert")
+        is_error = self.objective in (Objective.OUTPUT, Objective.PMQ) and self.max_loss is None
+        if self.method is Coding.GPTQ and (self.unit is Unit.MICRO or not is_error):
+            raise ValueError("method=gptq is for an average of experts or matrices, with objective=output or pmq")
         if self.objective.is_measured and (len(self.bits) != 2 or self.at_least):
             raise ValueError(f"{self.objective.value} chooses between two numbers of bits, such as bits=2,4")
 
@@ -151,7 +156,7 @@ class AllocateBits(Pass):
     def _survey(self, layer: MoeLayer, context: PassContext) -> _Survey:
         """Costs and sizes of one layer."""
         weights, calibration = context.require_weights(), context.require_calibration()
-        costs = LayerCosts(layer, calibration.sample(layer), self.objective)
+        costs = LayerCosts(layer, calibration.sample(layer), self.objective, self.method)
         targets = [self._target(bits) for bits in self.bits]
         survey = _Survey(layer, [None] * layer.expert_count)
         for number in sorted(set(range(layer.expert_count)) - layer.protected):

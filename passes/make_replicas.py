@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import ClassVar
 
 import torch
@@ -24,20 +23,13 @@ from moec.experts.replicas import add_replicas
 from moec.ir import Operation
 from moec.passes.factoring.sides import Side, projection, with_matrices
 from moec.passes.quantizing.blocks import BlockPacker, Part
-from moec.passes.quantizing.choices import FormatOptions
+from moec.passes.quantizing.choices import Coding, FormatOptions
 from moec.passes.quantizing.inputs import ExpertInputs, Policy, second_moment
 from moec.pipeline.base import Claim, Pass, PassContext, Statistic, option, register_pass
 from moec.quantization.packed import Packed
 from moec.quantization.rounding import Target, round_matrix
 from moec.quantization.second_order import round_second_order
 from moec.reference.replica import gates_before
-
-
-class ReplicaMethod(Enum):
-    """How the codes of a replica are chosen: each the nearest one, or to make up for each other's errors (GPTQ)."""
-
-    RTN = "rtn"
-    GPTQ = "gptq"
 
 
 @register_pass("make-replicas")
@@ -64,7 +56,7 @@ class MakeReplicas(Pass):
 
     bits: int = option("bits of the low replica", 2)
     group: str = option("weights that share a scale: a number of inputs, row, or tensor", "32")
-    method: ReplicaMethod = option("how codes are chosen", ReplicaMethod.GPTQ)
+    method: Coding = option("how codes are chosen", Coding.GPTQ)
     damping: float = option("gptq: what is added to the diagonal of a second moment, as a share of its mean", 0.1)
     high: float = option("largest rank that reads the high replica, 0 to 1", 0.6)
     low: float = option("largest rank that reads the low replica; above it a slot gives nothing", 1.0)
@@ -92,7 +84,7 @@ class MakeReplicas(Pass):
     def _replicate(self, layer: MoeLayer, context: PassContext) -> None:
         weights, packer = context.require_weights(), BlockPacker(tuple(Side), context, self.pass_name)
         inputs = None
-        if self.method is ReplicaMethod.GPTQ:
+        if self.method is Coding.GPTQ:
             inputs = ExpertInputs(layer, context.require_calibration().sample(layer), Policy.AUTO)
         resident = self._resident(layer, context)
         found: dict[int, Expert] = {}

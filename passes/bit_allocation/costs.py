@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
 from moec.calibration.sample import LayerSample
-from moec.experts import Dense, FeedForward, Matrix, MoeLayer, Projection, Quantized
-from moec.passes.factoring.sides import Side, dense_matrix, projection, sides_of, with_matrices
+from moec.dialects.quant import Integer
+from moec.experts import Dense, FeedForward, Matrix, MoeLayer, Quantized
+from moec.passes.factoring.sides import Side, dense_matrix, sides_of, with_matrices
+from moec.passes.quantizing.blocks import Part, Rounding
+from moec.passes.quantizing.choices import Coding
+from moec.passes.quantizing.inputs import ExpertInputs, Policy
+from moec.passes.quantizing.second_order import SecondOrder, SecondOrderOptions
 from moec.quantization.rounding import Target, round_matrix
 
 
@@ -40,32 +45,43 @@ class Objective(Enum):
 
 
 _GATE_POWER = 1.5
+# gptq: as `quantize` has it by default
+_DAMPING = 0.1
 
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Costs of one layer, relative to the energy of its output on the sample."""
+    """Costs of one layer, relative to the energy of its output on the sample, if codes are chosen by `coding`."""
 
     layer: MoeLayer
     sample: LayerSample
     objective: Objective
+    coding: Coding = Coding.RTN
 
     def of(self, number: int, expert: FeedForward, targets: Sequence[Target], *, by_side: bool) -> list[list[float]]:
         """[units, choices]: of the whole expert, or of its matrices in the order of `sides_of`."""
         rows, gates = self.sample.chosen(self.layer, number)
         x = self.sample.x[rows].float()
         wanted = expert.apply(x).double() * gates[:, None]
-        packed = {side: [_rounded(expert, side, target) for target in targets] for side in sides_of(expert)}
-        units = [[side] for side in packed] if by_side else [list(packed)]
+        units = [[side] for side in sides_of(expert)] if by_side else [list(sides_of(expert))]
         scale = self._scale(len(rows), gates, wanted)
+        rounding = self._rounding(number, expert, targets)
         found = []
         for sides in units:
             costs = []
-            for choice in range(len(targets)):
-                changed = {side: packed[side][choice] for side in sides}
+            for target in targets:
+                changed = _coded(expert, sides, target, rounding)
                 costs.append(scale * self._error(expert, changed, x, gates, wanted))
             found.append(costs)
         return found
+
+    def _rounding(self, number: int, expert: FeedForward, targets: Sequence[Target]) -> Rounding:
+        """How the matrices of one expert become codes of the bits of a part."""
+        by_bits = {target.format.bits: target for target in targets if isinstance(target.format, Integer)}
+        if self.coding is Coding.RTN:
+            return lambda part: round_matrix(by_bits[part.bits or 0], part.weight, part.where)
+        options = SecondOrderOptions(lambda bits, _: by_bits[bits or 0], _DAMPING)
+        return SecondOrder(options, expert, *ExpertInputs(self.layer, self.sample, Policy.AUTO).rows(number))
 
     def _scale(self, tokens: int, gates: torch.Tensor, wanted: torch.Tensor) -> float:
         """What an error is multiplied with."""
@@ -103,9 +119,12 @@ class LayerCosts:
         return wrong / max(total, torch.finfo(torch.float64).tiny)
 
 
-def _projections(expert: FeedForward) -> Iterator[Projection]:
-    yield from (item for side in Side if (item := projection(expert, side)) is not None)
-
-
-def _rounded(expert: FeedForward, side: Side, target: Target) -> Quantized:
-    return Quantized(round_matrix(target, dense_matrix(expert, side), side.value))
+def _coded(expert: FeedForward, sides: Sequence[Side], target: Target, rounding: Rounding) -> dict[Side, Quantized]:
+    """Some matrices of an expert in codes, each for what it reads behind those before it."""
+    assert isinstance(target.format, Integer)
+    found: dict[Side, Quantized] = {}
+    for side in sides:
+        block = with_matrices(expert, dict(found))
+        part = Part(dense_matrix(block, side), block, side, side.value, target.format.bits)
+        found[side] = Quantized(rounding(part))
+    return found

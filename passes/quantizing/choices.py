@@ -36,6 +36,13 @@ class Kind(Enum):
     NVFP4 = "nvfp4"
 
 
+class Coding(Enum):
+    """How codes are chosen: each the nearest one, or to make up for each other's errors (GPTQ)."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
+
+
 class Trits(Enum):
     """How trits lie in bytes."""
 

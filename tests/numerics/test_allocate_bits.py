@@ -97,6 +97,29 @@ def planned(source: Module, options: str) -> tuple[Module, BitPlan]:
     return module, module.bits
 
 
+@pytest.mark.parametrize("average", [2.0, 3.0])
+def test_costs_of_the_codes_that_are_made(source: Module, average: float) -> None:
+    """The cost of a plan is the error of the layers that `quantize{planned method=gptq}` makes of it; and by these
+    costs other experts get fewer bits than by those of nearest codes, for less error."""
+    errors = {}
+    for method in ("rtn", "gptq"):
+        module, plan = planned(source, f"average={average} bits=1,2,4 method={method} group=16")
+        run_passes(module, "quantize{planned method=gptq group=16}")
+        assert source.calibration is not None
+        total = 0.0
+        for old, new in zip(find_moe_layers(source.op), find_moe_layers(module.op), strict=True):
+            sample = source.calibration.sample(old)
+            whole = float(sample.y.double().square().sum())
+            for number in range(old.expert_count):
+                rows, gates = sample.chosen(old, number)
+                x = sample.x[rows].float()
+                one, other = load_expert(old, source.weights, number), load_expert(new, module.weights, number)
+                total += float(((other.apply(x) - one.apply(x)).double() * gates[:, None]).square().sum()) / whole
+        errors[method] = total
+        assert (plan.cost == pytest.approx(total, rel=1e-4)) == (method == "gptq")
+    assert errors["gptq"] < errors["rtn"]
+
+
 @pytest.mark.parametrize("by_side", [False, True])
 def test_costs_are_those_of_the_formulas(source: Module, by_side: bool) -> None:
     """With d F what rounding changes: g^2 |d F|^2; that times shares of tokens and gates; shares, and energies, times

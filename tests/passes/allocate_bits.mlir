@@ -5,6 +5,8 @@
 // RUN: not moec opt %s -p 'allocate-bits{unit=micro bits=8,4 shares=0.5,0.6}' 2>&1 | filecheck %s --check-prefix=SHARES
 // RUN: not moec opt %s -p 'allocate-bits{objective=single-drop}' 2>&1 | filecheck %s --check-prefix=TWO
 // RUN: not moec opt %s -p 'allocate-bits{max-loss=0.1 unit=projection}' 2>&1 | filecheck %s --check-prefix=WHOLE
+// RUN: not moec opt %s -p 'allocate-bits{method=gptq objective=energy}' 2>&1 | filecheck %s --check-prefix=CODES
+// RUN: not moec opt %s -p 'allocate-bits{method=gptq max-loss=0.1}' 2>&1 | filecheck %s --check-prefix=CODES
 // RUN: not moec opt %s -p allocate-bits 2>&1 | filecheck %s --check-prefix=ALONE
 // RUN: not moec opt %s -p 'quantize{planned kind=ternary}' 2>&1 | filecheck %s --check-prefix=KIND
 
@@ -15,6 +17,7 @@
 // SHARES: shares must be one per choice of bits, not negative, and add to 1
 // TWO: single-drop chooses between two numbers of bits, such as bits=2,4
 // WHOLE: losses are measured of whole experts: take unit=expert
+// CODES: method=gptq is for an average of experts or matrices, with objective=output or pmq
 // ALONE: there is no model to plan for
 // KIND: weights of kind ternary have no bits to choose, as planned needs
 "builtin.module"() ({
