@@ -53,9 +53,10 @@ class Packing:
 def rearrange(
     b: GraphBuilder, codes: ir.Value, columns: int, packing: Packing, table: Table, bits: int, nbytes: int
 ) -> ir.Value:
-    """u8 [rows, nbytes] of `table[code]`, `bits` (a divisor of 8) each, for `codes` u8 [rows, bytes].
+    """`table[code]`, `bits` (a divisor of 8) each, for `codes` u8 [rows, bytes]: u8, `nbytes` for each row.
 
-    What follows the last of the `columns` codes of a row has no meaning.
+    Its shape is not [rows, nbytes] where that would take a copy. What follows the last of the `columns` codes of a row
+    has no meaning.
     """
     stored = packing.bytes_of(columns)
     if packing.bits == bits and np.array_equal(table, np.arange(len(table))):
@@ -77,7 +78,7 @@ def rearrange(
         result = found if result is None else b.op("BitwiseXor", result, found)
     assert result is not None
     made = runs * count * bits // 8
-    return _fitted(b, b.reshape(result, (-1, made)), made, nbytes)
+    return result if made == nbytes else _fitted(b, b.reshape(result, (-1, made)), made, nbytes)
 
 
 def _bytes(codes: Table, bits: int) -> Table:
