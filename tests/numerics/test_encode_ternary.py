@@ -156,6 +156,28 @@ def test_narrow_rows_are_packed_five_in_a_byte(source: Module) -> None:
     assert again.get("packed", 0) == 0 and again["after"] == again["before"]
 
 
+def test_each_side_gets_its_smallest_packing(source: Module) -> None:
+    """Streams where zeros are many, five trits in a byte where they are few, in one model."""
+    module = ternary_experts(source, 0.97)
+    for layer in find_moe_layers(module.op):
+        new = {}
+        for number in range(layer.expert_count):
+            expert = load_expert(layer, module.weights, number)
+            assert isinstance(expert, FeedForward)
+            dense = random_trits(*expert.down.matrix.shape, 0.4, 5000 + 100 * layer.index + number)
+            new[number] = replace(expert, down=replace(expert.down, matrix=Quantized(dense)))
+        replace_experts(layer, module.weights, new)
+    wanted = output(module)
+    run_passes(module, "encode-ternary{code-bits=8 zero-share=0.97}")
+    assert torch.equal(output(module), wanted)
+    expert = load_expert(find_moe_layers(module.op)[0], module.weights, 0)
+    assert isinstance(expert, FeedForward)
+    up, down = expert.up.matrix, expert.down.matrix
+    assert isinstance(up, Quantized) and isinstance(up.packed.format, TernaryDictionary)
+    assert isinstance(down, Quantized) and isinstance(down.packed.format, Ternary)
+    assert down.packed.format.packing is TritPacking.FIVE_PER_BYTE
+
+
 def test_models_without_trits_stay(source: Module) -> None:
     module = copy_of(source)
     report = run_passes(module, "encode-ternary,quantize{bits=4 group=16},encode-ternary")

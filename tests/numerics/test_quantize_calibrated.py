@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from moec.api import run_passes
+from moec.dialects.quant import Integer, Span, ZeroPoint
 from moec.errors import UsageError
-from moec.experts import find_moe_layers, run_layer
+from moec.experts import FeedForward, Quantized, find_moe_layers, load_expert, run_layer
 from moec.ir import print_operation
 from moec.module import Module
 from moec.passes.quantizing.inputs import PRIOR_ROWS, ExpertInputs, Policy, second_moment
+from moec.quantization.rounding import Target
+from moec.quantization.second_order import round_second_order
 from tests.experts.models import calibrate_text, copy_of, raised_model
 
 OPTIONS = "bits=3 group=16"
@@ -66,6 +69,26 @@ def test_they_go_on_from_gptq(source: Module) -> None:
             quantized(source, f"{OPTIONS} {option}")
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_codes_are_those_of_second_order_rounding(source: Module, ordered: bool) -> None:
+    """With the damping and the order that were asked for; the last matrix for what it reads behind packed ones."""
+    options = f"{OPTIONS} method=gptq calibration=routed damping=0.02 act-order={str(ordered).lower()}"
+    module = quantized(source, options)
+    assert source.calibration is not None
+    old, new = (find_moe_layers(found.op)[1] for found in (source, module))
+    target = Target(Integer(3, Span.GROUP, 16, ZeroPoint.INTEGER))
+    for number in range(2):
+        before, after = load_expert(old, source.weights, number), load_expert(new, module.weights, number)
+        assert isinstance(before, FeedForward) and isinstance(after, FeedForward)
+        rows, _ = ExpertInputs(old, source.calibration.sample(old), Policy.ROUTED).rows(number)
+        for one, other, x in (
+            (before.up, after.up, rows),
+            (before.down, after.down, after.hidden_activations(rows)),
+        ):
+            wanted = round_second_order(target, one.dense(), second_moment(x), damping=0.02, ordered=ordered).packed
+            assert isinstance(other.matrix, Quantized) and torch.equal(other.matrix.packed.codes, wanted.codes)
+
+
 def test_trits_too(source: Module) -> None:
     options = "kind=ternary ternary=symmetric group=row"
     nearest = sample_error(source, quantized(source, options))
@@ -96,7 +119,8 @@ def test_experts_without_tokens_are_rounded_to_nearest(source: Module, tmp_path:
         inputs = ExpertInputs(layer, module.calibration.sample(layer), Policy.ROUTED)
         starved += sum(not len(inputs.rows(number)[0]) for number in range(layer.expert_count))
     assert starved >= 4 * len(find_moe_layers(module.op))
-    assert report.records[0].statistics["nearest"] == 3 * starved
+    statistics = report.records[0].statistics
+    assert statistics["nearest"] == 3 * starved and statistics["damped"] == 0
     report = run_passes(module, f"quantize{{{OPTIONS} method=gptq}}")
     assert report.records[0].statistics["nearest"] == 0
 
