@@ -2,8 +2,8 @@
 
 Products that take more than this operator are a call of a function: one for the matrices of a class of experts, which
 are rearranged together. The file has one function for all calls of equal format, sizes and number. ONNX Runtime inlines
-them when it loads the file, and then folds what depends on nothing but weights; that takes time by the square of the
-number of nodes, so rearranging each matrix by itself would be slow, too.
+the calls when it loads the file, and then folds what depends on nothing but weights, in time that grows as the square
+of the number of nodes.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _define(context: Context, products: KernelProducts) -> str:
 
 
 class _Emission:
-    """Emits products; what lies in the way of several matrices is done for all of them at once, one below the other."""
+    """Emits products; what has to be rearranged is that of all matrices, one below the other."""
 
     def __init__(self, b: GraphBuilder, products: KernelProducts, values: PackedMatrix[tuple[ir.Value, ...]]) -> None:
         self.b, self.products, self.values, self.count = b, products, values, products.count
