@@ -25,6 +25,7 @@ ROUTING = Routing(k=2)
 LAYER_FORMATS = [
     "int2 row",
     "int3 g32 zero points",
+    "int3 tensor zero points",
     "int4 row",
     "int4 g32 zero points",
     "int6 g16",
