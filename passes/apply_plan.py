@@ -104,11 +104,11 @@ def _apply(layer: MoeLayer, plan: LayerPlan, whole: BudgetPlan, context: PassCon
             stored = [target if layer.stored[output] == row.expert else now for output, now in enumerate(stored)]
         elif row.action is not ActionKind.KEEP:
             source = load_expert(layer, weights, row.expert)
-            changed = _changed(source, row, layer, sample, norms, base)
             if row.bits:
                 assert sample is not None
-                changed = _coded(source, changed, row, whole, coded_inputs(layer, sample))
-            new[row.expert] = changed
+                new[row.expert] = _coded(source, row, whole, coded_inputs(layer, sample))
+            else:
+                new[row.expert] = _changed(source, row, layer, sample, norms, base)
     layer = replace_experts(layer, weights, new)
     if tuple(stored) != layer.stored:
         alias_experts(layer, stored)
@@ -135,16 +135,19 @@ def _changed(
         return base.differences(expert, row.expert, norms).at(row.size)
     if row.action is ActionKind.FACTOR:
         return factored(expert, row.expert, row.size, norms)
-    if row.action is ActionKind.QUANTIZE:
-        return expert
-    if not all(0 <= neuron < expert.width for neuron in row.neurons):
-        raise UsageError(f"the plan keeps neurons that the expert does not have: it has {expert.width}", where=where)
-    return slice_neurons(expert, torch.tensor(sorted(set(row.neurons))))
+    return slice_neurons(expert, torch.tensor(_neurons(expert, row, where)))
 
 
-def _coded(source: Expert, changed: Expert, row: ExpertPlan, plan: BudgetPlan, inputs: ExpertInputs) -> FeedForward:
-    if not isinstance(source, FeedForward) or not isinstance(changed, FeedForward) or not has_dense_matrices(changed):
-        where = f"{inputs.layer.name}, expert {row.expert}"
+def _coded(source: Expert, row: ExpertPlan, plan: BudgetPlan, inputs: ExpertInputs) -> FeedForward:
+    where = f"{inputs.layer.name}, expert {row.expert}"
+    if not isinstance(source, FeedForward) or not has_dense_matrices(source):
         raise UsageError("the plan packs matrices that are packed or factored already", where=where)
     coder = Coder.of(source, inputs, row.expert, plan.group, refit=plan.refit)
-    return coder.outer(coder.inner(changed, row.bits, row.neurons), row.down_bits)
+    return coder.coded(_neurons(source, row, where), row.bits, row.down_bits)
+
+
+def _neurons(expert: FeedForward, row: ExpertPlan, where: str) -> tuple[int, ...]:
+    """Those that stay, ascending; none where all do."""
+    if not all(0 <= neuron < expert.width for neuron in row.neurons):
+        raise UsageError(f"the plan keeps neurons that the expert does not have: it has {expert.width}", where=where)
+    return tuple(sorted(set(row.neurons)))

@@ -12,6 +12,7 @@ from moec.budget.actions import Action, ActionKind
 from moec.budget.measure import Distortion
 from moec.budget.offers import TableSettings
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, write_plan
+from moec.budget.pricing import Pricing
 from moec.budget.problem import OWN, Item, Problem, Solution
 from moec.budget.sizes import format_size, parse_budget
 from moec.budget.solving import Solver, solve
@@ -27,6 +28,8 @@ from moec.weights.uses import weight_uses
 _OFFERED = (ActionKind.NARROW, ActionKind.DELTA, ActionKind.CONSTANT, ActionKind.ZERO, ActionKind.REDIRECT)
 _GOOD_BITS = 6
 """Experts in codes of fewer bits answer for no others (moec's own choice)."""
+_PRICINGS = 8
+"""So often at most a plan is solved with estimates, and what it chose is priced."""
 _SHARES = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)
 
 
@@ -48,8 +51,10 @@ class SolveBudget(Pass):
     3. With `refit` neurons are chosen, and they and ranks are priced, for what is left after `refit-down`: a neuron may
        go if those that stay can take its part over (as weights do in Optimal Brain Surgeon). Without a refit behind
        it such a plan is worse than one without `refit`.
-    4. Codes are those of GPTQ and a round of descent, priced as they come out. The last matrix of an expert has as many
-       bits as the others or the next number of `bits`; with `refit` it makes up for the others before it is coded.
+    4. Codes are those of GPTQ and a round of descent. The last matrix of an expert has as many bits as the others or
+       the next number of `bits`; with `refit` it makes up for the others before it is coded. Prices of all codes are
+       estimated from second moments first. What a plan chooses by them is coded and priced as it comes out, with what
+       lies beside it in bytes, until nothing in the plan is an estimate; so the bound is one on what was coded.
     5. Solvers: prices on bytes by bisection for any size; dynamic programming where experts are independent; HiGHS
        for redirects and for two budgets. The best plan is taken, and its distance from the proven bound is told.
 
@@ -66,6 +71,7 @@ class SolveBudget(Pass):
     constants = Statistic("experts that become a constant")
     zeros = Statistic("experts that become nothing")
     redirected = Statistic("experts that another one answers for")
+    codings = Statistic("experts coded to price them, each time for one offer")
 
     bytes: str = option("share of the experts' bytes, such as 60%, or bytes of all weights, such as 4GiB")
     flops: str = option("share of the experts' FLOPs per token, such as 80%; empty for any", "")
@@ -121,7 +127,16 @@ class SolveBudget(Pass):
             raise UsageError("there are no experts that a budget could be solved for", where="the module")
         problem = self._problem(module, layers, tables)
         self._require_feasible(problem, module, tables)
+        pricing = Pricing(layers, calibration, settings, tables)
+        for number in range(_PRICINGS if pricing.has_estimates else 0):
+            solution = solve(problem, self.solver, nodes=self.nodes, gap=self.gap)
+            if not pricing.price(solution.choices, neighbours=not number):
+                break
+            problem = self._problem(module, layers, pricing.tables)
+        tables = pricing.known()
+        problem = self._problem(module, layers, tables)
         solution = solve(problem, self.solver, nodes=self.nodes, gap=self.gap)
+        context.count(self.codings, pricing.codings)
         plan = self._plan(layers, tables, problem, solution, measure)
         module.plan = plan
         if self.file is not None:

@@ -43,6 +43,7 @@ class Offer:
     """An action with its price. `bytes` are those of the artifact, `flops` per token of the text on average.
 
     `distortion` is in the unit of the table. `neurons`: which neurons stay, in ascending order; empty but for `narrow`.
+    Where it is an estimate, `sure` is the part of it that does not come from codes.
     """
 
     action: Action
@@ -50,3 +51,4 @@ class Offer:
     flops: float
     distortion: float
     neurons: tuple[int, ...] = ()
+    sure: float | None = None

@@ -35,7 +35,8 @@ class Distortion(Enum):
 class ErrorMeasure:
     """Prices errors of one layer. Sums over rows are divided by all rows of the sample.
 
-    `root` [H, H], where there is one, is multiplied to errors from the right before they are squared.
+    `root` [H, H], where there is one, is multiplied to errors from the right before they are squared. `everywhere`
+    [H, H] is the second moment of the gradients of all rows.
     """
 
     kind: Distortion
@@ -43,6 +44,7 @@ class ErrorMeasure:
     factor: float
     gradient: torch.Tensor | None
     root: torch.Tensor | None = None
+    everywhere: torch.Tensor | None = None
 
     @staticmethod
     def of(kind: Distortion, layer: MoeLayer, sample: LayerSample, statistics: LayerStatistics) -> ErrorMeasure:
@@ -52,11 +54,12 @@ class ErrorMeasure:
             energy = statistics.layer_gradient_energy
             assert energy is not None
             factor = 0.5 * energy / layer.hidden_size
-        gradient = None
+        gradient = everywhere = None
         if kind in (Distortion.FISHER, Distortion.CURVATURE):
             assert sample.gradient is not None
             gradient, factor = sample.gradient.double(), 0.5
-        return ErrorMeasure(kind, len(sample), factor, gradient)
+            everywhere = gradient.T @ gradient / len(sample)
+        return ErrorMeasure(kind, len(sample), factor, gradient, everywhere=everywhere)
 
     def of_expert(self, rows: torch.Tensor) -> ErrorMeasure:
         """That of an expert which the rows [n] chose.
@@ -65,16 +68,23 @@ class ErrorMeasure:
         """
         if self.kind is not Distortion.CURVATURE:
             return self
-        assert self.gradient is not None
-        everything = self.gradient.T @ self.gradient / self.rows
+        assert self.gradient is not None and self.everywhere is not None
         own = self.gradient[rows]
         size = own.shape[1]
-        values, vectors = torch.linalg.eigh((own.T @ own + size * everything) / (len(rows) + size))
+        values, vectors = torch.linalg.eigh((own.T @ own + size * self.everywhere) / (len(rows) + size))
         return replace(self, root=vectors * values.clamp_min(0).sqrt())
 
     def scaled_columns(self, columns: torch.Tensor) -> torch.Tensor:
         """Columns [H, m] of a last product as errors in them count."""
         return columns.double() if self.root is None else self.root.T @ columns.double()
+
+    def as_norm(self, rows: torch.Tensor) -> ErrorMeasure:
+        """One that is a norm of outputs, for the rows [n] of an expert: `fisher`, which is not, becomes `curvature`."""
+        return replace(self, kind=Distortion.CURVATURE).of_expert(rows) if self.kind is Distortion.FISHER else self
+
+    def output_weights(self, size: int) -> torch.Tensor:
+        """How much the square of an error counts in each of `size` outputs alone, where this is a norm; float64."""
+        return torch.ones(size, dtype=torch.float64) if self.root is None else self.root.square().sum(1)
 
     def of_energy(self, energy: float) -> float:
         """The price of a sum of squares of errors that are already as `scaled_columns` makes them."""

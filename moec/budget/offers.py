@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import isfinite
 
 import torch
 
 from moec.budget.actions import Action, ActionKind, Offer
 from moec.budget.coding import Coder
 from moec.budget.elimination import eliminate
+from moec.budget.estimates import CodedExpert
 from moec.budget.local_fit import left_by_fit
 from moec.budget.measure import Distortion, ErrorMeasure
 from moec.budget.shared_base import SharedBase, ranks_of
 from moec.experts import Constant, Dense, Expert, FeedForward, LowRank, Projection, Quantized
 from moec.experts.bodies import operands_of
 from moec.passes.factoring.decomposition import decompose, saves
-from moec.passes.factoring.sides import Norms, Side, dense_matrix, has_dense_matrices, projection, with_matrices
+from moec.passes.factoring.sides import (
+    Norms,
+    Side,
+    dense_matrix,
+    has_dense_matrices,
+    parameters,
+    projection,
+    with_matrices,
+)
 from moec.passes.merging.layer_fit import fitted_features
 from moec.passes.neuron_pruning.slicing import slice_neurons, slicing_problem
 from moec.weights.output_type import OutputDType
 
 _CODED_WIDTHS = 8
 """Narrowed experts come as codes, too, if their width is a whole number of such parts."""
-_ADDED = 0.1
-"""What codes cost beside fewer neurons, as a share of what these cost, from where on more bits are not tried."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,8 @@ class ExpertRows:
     gates: torch.Tensor
     inputs: torch.Tensor
     measure: ErrorMeasure
-    frequency: float
-    ridge: float
+    frequency: float = 0.0
+    ridge: float = 0.0
     coder: Coder | None = None
 
     def price(self, errors: torch.Tensor) -> float:
@@ -71,8 +80,9 @@ def offers_of(
     """All that is offered for an expert besides keeping it and redirects."""
     offers: list[Offer] = []
     if isinstance(expert, FeedForward):
-        offers += _narrowed(expert, seen, settings)
-        offers += _coded(expert, Action(ActionKind.QUANTIZE), expert, seen, settings)
+        narrowed = _narrowed(expert, seen, settings)
+        offers += narrowed
+        offers += _coded(expert, narrowed, seen, settings)
         offers += _factored(expert, seen, settings, norms)
         if base is not None and seen.number in base.members:
             offers += _thinned(
@@ -138,45 +148,50 @@ def _narrowed(expert: FeedForward, seen: ExpertRows, settings: TableSettings) ->
     widths = sorted({expert.width * step // settings.steps for step in range(1, settings.steps)} - {0})
     offers = []
     for kept, price in _kept_neurons(expert, seen, gated, widths, refit=settings.refit):
-        small = slice_neurons(expert, kept)
         action = Action(ActionKind.NARROW, len(kept))
-        neurons = tuple(kept.tolist())
-        offers.append(_offer(action, small, seen, settings, price, neurons))
-        if len(kept) % (expert.width // min(_CODED_WIDTHS, expert.width)) == 0:
-            offers += _coded(expert, action, small, seen, settings, neurons, price)
+        offers.append(_offer(action, slice_neurons(expert, kept), seen, settings, price, tuple(kept.tolist())))
     return offers
 
 
-def _coded(
-    expert: FeedForward,
-    action: Action,
-    smaller: FeedForward,
-    seen: ExpertRows,
-    settings: TableSettings,
-    neurons: tuple[int, ...] = (),
-    least: float = 0.0,
-) -> list[Offer]:
-    """An expert that was made smaller by an action before, at the price `least`, in codes of all numbers of bits.
+def _coded(expert: FeedForward, narrowed: Sequence[Offer], seen: ExpertRows, settings: TableSettings) -> list[Offer]:
+    """Codes of all numbers of bits for all neurons, and for those that some narrowed ones keep, at estimated prices.
 
     The last matrix has as many bits as the others, or the next number: what they lose it makes up for in part, but
-    nothing makes up for what it loses. More bits are not tried where codes add little to what the action costs.
+    nothing makes up for what it loses.
     """
-    if ActionKind.QUANTIZE not in settings.actions or seen.coder is None or not has_dense_matrices(smaller):
+    if ActionKind.QUANTIZE not in settings.actions or seen.coder is None or not has_dense_matrices(expert):
         return []
-    outputs = expert.apply(seen.inputs)
-    offers: list[Offer] = []
+    part = expert.width // min(_CODED_WIDTHS, expert.width)
+    starts = [Offer(Action(ActionKind.QUANTIZE), 0, 0.0, 0.0)]
+    starts += [offer for offer in narrowed if offer.action.size % part == 0]
+    everything = tuple(range(expert.width))
+    kept = [torch.tensor(offer.neurons or everything) for offer in starts]
     numbers = sorted(settings.bits)
-    for position, bits in enumerate(numbers):
-        inner = seen.coder.inner(smaller, bits, neurons)
-        hidden = inner.hidden_activations(seen.inputs)
-        for down_bits in numbers[position : position + 2]:
-            packed = seen.coder.outer(inner, down_bits)
-            price = seen.price(packed.down.apply(hidden) - outputs)
-            own = replace(action, bits=bits, down_bits=down_bits)
-            offers.append(_offer(own, packed, seen, settings, price, neurons))
-        if min(offer.distortion for offer in offers) < (1 + _ADDED) * least:
-            break
+    pairs = [*zip(numbers, numbers, strict=True), *pairwise(numbers)]
+    measure = seen.measure.as_norm(seen.rows)
+    coded = CodedExpert(expert, seen.inputs, seen.gates, measure, seen.coder)
+    offers = []
+    for start, found in zip(starts, coded.estimates(kept, pairs), strict=True):
+        smaller = slice_neurons(expert, torch.tensor(start.neurons)) if start.neurons else expert
+        vectors = stored_bytes(smaller, settings.dtype) - settings.dtype.itemsize * parameters(smaller)
+        flops = seen.frequency * work(smaller)
+        for (bits, down_bits), price in found.items():
+            action = replace(start.action, bits=bits, down_bits=down_bits)
+            size = vectors + seen.coder.stored_bytes(smaller, bits, down_bits)
+            if isfinite(price.sure + price.codes):
+                offers.append(Offer(action, size, flops, price.sure + price.codes, start.neurons, price.sure))
     return offers
+
+
+def priced(expert: FeedForward, offers: Sequence[Offer], seen: ExpertRows) -> list[Offer]:
+    """Offers of codes at the prices that codes have when they are made."""
+    outputs = expert.apply(seen.inputs)
+    found = []
+    for offer in offers:
+        assert seen.coder is not None
+        packed = seen.coder.coded(offer.neurons, offer.action.bits, offer.action.down_bits)
+        found.append(replace(offer, distortion=seen.price(packed.apply(seen.inputs) - outputs), sure=None))
+    return found
 
 
 def _kept_neurons(

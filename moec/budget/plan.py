@@ -42,7 +42,8 @@ class BudgetPlan(Record):
     """A plan for all experts of a module.
 
     Bytes are those of experts in an artifact of type `dtype`. `predicted` is the sum of distortions, in nats per token
-    where `measure` knows gradients; no plan has less than `bound`. `flops` are those of experts, per token on average.
+    where `measure` knows gradients; no plan has less than `bound`, of offers of codes those that were made. `flops` are
+    those of experts, per token on average.
     Codes have scales for `group` inputs; with `refit` last products are fitted before they become codes.
     """
 

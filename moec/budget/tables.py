@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from moec.budget.actions import Action, ActionKind, Offer
 from moec.budget.coding import Coder, coded_inputs
 from moec.budget.measure import ErrorMeasure
-from moec.budget.offers import ExpertRows, TableSettings, offers_of, stored_bytes, work
+from moec.budget.offers import ExpertRows, TableSettings, offers_of, priced, stored_bytes, work
 from moec.budget.ridge import refit_ridge
 from moec.budget.shared_base import shared_base
 from moec.calibration.calibration import Calibration
-from moec.experts import FeedForward, MoeLayer, load_expert
+from moec.calibration.sample import LayerSample
+from moec.experts import Expert, FeedForward, MoeLayer, load_expert
 from moec.passes.factoring.sides import Basis, Norms
 
 DAMPING = 0.01
@@ -54,7 +56,6 @@ def layer_table(layer: MoeLayer, calibration: Calibration, settings: TableSettin
     norms = Norms(layer, sample, Basis.GATE_WHITENED, DAMPING)
     ridge = refit_ridge(layer, sample, statistics) if settings.refit else 0.0
     used = sorted(set(layer.stored) - {-1})
-    x = sample.x.float()
     redirects = _redirect_prices(layer, calibration, measure) if ActionKind.REDIRECT in settings.actions else None
     base = shared_base(layer, sample.weights, statistics.count) if ActionKind.DELTA in settings.actions else None
     tables = []
@@ -65,17 +66,37 @@ def layer_table(layer: MoeLayer, calibration: Calibration, settings: TableSettin
         offers = [Offer(Action(ActionKind.KEEP), stored_bytes(expert, settings.dtype), share * work(expert), 0.0)]
         full[number] = share * work(expert)
         if number in used and number not in layer.protected:
-            rows, gates = sample.chosen(layer, number)
-            coder = None
-            if settings.bits and isinstance(expert, FeedForward):
-                coder = Coder.of(expert, coded_inputs(layer, sample), number, settings.group, refit=settings.refit)
-            seen = ExpertRows(number, rows, gates, x[rows], measure.of_expert(rows), share, ridge, coder)
-            offers += offers_of(expert, seen, settings, norms, base)
+            seen = _rows_of(layer, sample, number, expert, measure, settings)
+            offers += offers_of(expert, replace(seen, frequency=share, ridge=ridge), settings, norms, base)
             if redirects is not None:
                 offers += _redirected(layer, number, redirects[number], settings.nearest)
         tables.append(ExpertTable(number, expert.width if isinstance(expert, FeedForward) else 0, tuple(offers)))
     base_bytes = 0 if base is None else base.elements * settings.dtype.itemsize
     return LayerTable(tuple(_with_redirect_work(table, statistics.count, full) for table in tables), base_bytes)
+
+
+def priced_offers(
+    layer: MoeLayer, calibration: Calibration, settings: TableSettings, wanted: Mapping[int, Sequence[Offer]]
+) -> dict[int, list[Offer]]:
+    """Offers of codes for experts by their numbers, at the prices that the codes have when they are made."""
+    sample = calibration.sample(layer)
+    measure = ErrorMeasure.of(settings.distortion, layer, sample, calibration.statistics(layer))
+    found = {}
+    for number, offers in wanted.items():
+        expert = load_expert(layer, sample.weights, number)
+        assert isinstance(expert, FeedForward)
+        found[number] = priced(expert, offers, _rows_of(layer, sample, number, expert, measure, settings))
+    return found
+
+
+def _rows_of(
+    layer: MoeLayer, sample: LayerSample, number: int, expert: Expert, measure: ErrorMeasure, settings: TableSettings
+) -> ExpertRows:
+    rows, gates = sample.chosen(layer, number)
+    coder = None
+    if settings.bits and isinstance(expert, FeedForward):
+        coder = Coder.of(expert, coded_inputs(layer, sample), number, settings.group, refit=settings.refit)
+    return ExpertRows(number, rows, gates, sample.x[rows].float(), measure.of_expert(rows), coder=coder)
 
 
 def _redirected(layer: MoeLayer, number: int, prices: torch.Tensor, nearest: int) -> list[Offer]:

@@ -106,6 +106,20 @@ def round_second_order(
     return SecondOrderResult(pack(target, weight.shape[1], grid, codes), factors.fallback)
 
 
+def column_errors(target: Target, moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """What columns add to GPTQ's error, d float64 [K]: a row errs by sum d_j r_j^2, r_j the error of rounding column j.
+
+    r_j is that of the column when its turn comes. d_j is what of column j the later ones cannot make up for: the
+    inverse square of U_jj, and the square of the Cholesky factor's diagonal in the reverse order.
+    """
+    moment = moment + damping * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+    order = _order(target, moment, True).flip(0)
+    factor, problem = torch.linalg.cholesky_ex(moment[order][:, order])
+    if int(problem):
+        return moment.diagonal()
+    return torch.empty_like(moment[0]).index_copy_(0, order, factor.diagonal().square())
+
+
 def _factors(moment: torch.Tensor, damping: float, order: torch.Tensor) -> _Factors | None:
     mean = float(moment.diagonal().mean())
     if not bool(torch.isfinite(moment).all()) or mean <= 0:

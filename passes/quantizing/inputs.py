@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from moec.calibration.sample import LayerSample
+from moec.calibration.sample import LayerSample, spread_rows
 from moec.experts import MoeLayer
 
 
@@ -39,11 +39,15 @@ def second_moment(rows: torch.Tensor, weights: torch.Tensor | None = None) -> to
 
 @dataclass(frozen=True)
 class ExpertInputs:
-    """The inputs of a layer's experts; `layer` is the one whose router chooses."""
+    """The inputs of a layer's experts; `layer` is the one whose router chooses.
+
+    AUTO and OUTPUT let at most so many `others` stand for all rows of the sample; None for all of them.
+    """
 
     layer: MoeLayer
     sample: LayerSample
     policy: Policy
+    others: int | None = None
 
     def rows(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows float32 [n, H], weights float64 [n]) of a stored expert."""
@@ -60,10 +64,13 @@ class ExpertInputs:
                 indices = torch.cat([chosen, self._next_best(number, chosen)])
                 weights = torch.ones(len(indices), dtype=torch.float64)
             case Policy.AUTO | Policy.OUTPUT:
-                indices = torch.arange(count)
-                weights = torch.full((count,), PRIOR_ROWS / max(count, 1), dtype=torch.float64)
+                others = spread_rows(count, count if self.others is None else self.others)
+                weights = torch.zeros(count, dtype=torch.float64)
+                weights[others] = PRIOR_ROWS / max(len(others), 1)
                 squares = gates.square() if self.policy is Policy.OUTPUT else torch.ones_like(gates)
                 weights[chosen] += squares / squares.mean().clamp_min(torch.finfo(torch.float64).tiny)
+                indices = weights.nonzero()[:, 0]
+                weights = weights[indices]
         return self.sample.x[indices].float(), weights
 
     def _next_best(self, number: int, chosen: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,7 @@ class SecondOrder:
     fallbacks: list[Fallback] = field(default_factory=list)
     _inputs: Damped | None = field(default=None, repr=False)
     _wanted: torch.Tensor | None = field(default=None, repr=False)
+    """What the source gives for the rows, times their weights."""
     # codes of several bits may be asked for behind the same other matrices
     _last: _LastProduct | None = field(default=None, repr=False)
 
@@ -96,8 +97,9 @@ class SecondOrder:
         """The last matrix [H, m] that gives for `hidden` [n, m] of the moment what the source gives for its own."""
         if self._wanted is None:
             self._wanted = self.source.hidden_activations(self.rows).double() @ self.source.down.dense().double().T
-        missing = self._wanted - hidden @ weight.T
-        crossed = missing.T @ (hidden if self.weights is None else hidden * self.weights[:, None])
+            if self.weights is not None:
+                self._wanted *= self.weights[:, None]
+        crossed = self._wanted.T @ hidden - weight @ moment
         damped = moment.diagonal().mean() * self.options.damping
         if not bool(crossed.isfinite().all()) or not damped > 0:
             return weight

@@ -11,20 +11,24 @@ from safetensors.torch import load_file
 
 from moec.api import run_passes
 from moec.artifact.options import OutputDType
-from moec.budget.actions import ActionKind
-from moec.budget.measure import Distortion
-from moec.budget.offers import TableSettings, work
+from moec.budget.actions import ActionKind, Offer
+from moec.budget.coding import Coder, coded_inputs
+from moec.budget.measure import Distortion, ErrorMeasure
+from moec.budget.offers import TableSettings, stored_bytes, work
 from moec.budget.plan import BudgetPlan, read_plan, write_plan
-from moec.budget.tables import LayerTable, layer_table
+from moec.budget.tables import LayerTable, layer_table, priced_offers
 from moec.codegen.onnx.emit import emit_onnx
 from moec.codegen.onnx.targets import parse_target
 from moec.codegen.triton.emit import emit_triton
 from moec.codegen.triton.spec import Element
 from moec.dialects.builtin import WeightOp
 from moec.errors import MoecError, UnsafeInputError, UsageError
-from moec.experts import FeedForward, Quantized, find_moe_layers, load_expert, run_layer
+from moec.experts import FeedForward, MoeLayer, Quantized, find_moe_layers, load_expert, run_layer
 from moec.ir import DType, TensorType
 from moec.module import Module
+from moec.passes.quantizing.blocks import Part
+from moec.passes.quantizing.second_order import SecondOrder
+from moec.quantization.packed import Packed
 from tests.frontend.tiny_models import tiny_model
 from tests.numerics.calibrated_models import raised, random_sequences, write_tokens
 
@@ -71,10 +75,28 @@ def expert_bytes(module: Module) -> int:
     return sum(sizes.values())
 
 
+def settings_for(bits: tuple[int, ...], distortion: Distortion = Distortion.MSE) -> TableSettings:
+    return TableSettings(EVERY_ACTION, 8, (0.25, 0.5), 8, distortion, OutputDType.FLOAT32, bits=bits)
+
+
 def tables(module: Module, distortion: Distortion = Distortion.MSE, bits: tuple[int, ...] = ()) -> list[LayerTable]:
     assert module.calibration is not None
-    settings = TableSettings(EVERY_ACTION, 8, (0.25, 0.5), 8, distortion, OutputDType.FLOAT32, bits=bits)
+    settings = settings_for(bits, distortion)
     return [layer_table(layer, module.calibration, settings) for layer in find_moe_layers(module.op)]
+
+
+def codes_made(module: Module, layer: int, expert: int, settings: TableSettings, offers: list[Offer]) -> list[Offer]:
+    """Offers of codes at the prices of codes that are made."""
+    assert module.calibration is not None
+    return priced_offers(find_moe_layers(module.op)[layer], module.calibration, settings, {expert: offers})[expert]
+
+
+def coder_of(module: Module, layer: MoeLayer, expert: int, group: int, *, refit: bool) -> Coder:
+    assert module.calibration is not None
+    sample = module.calibration.sample(layer)
+    source = load_expert(layer, sample.weights, expert)
+    assert isinstance(source, FeedForward)
+    return Coder.of(source, coded_inputs(layer, sample), expert, group, refit=refit)
 
 
 @pytest.mark.parametrize("kind", sorted(EVERY_ACTION, key=lambda kind: kind.value))
@@ -84,8 +106,11 @@ def test_one_action_costs_what_its_table_says(kind: ActionKind, folder: Path, tm
     assert module.calibration is not None
     plan = solved(module, "bytes=100%")
     layer = find_moe_layers(module.op)[1]
-    table = tables(module, bits=(4, 3) if kind is ActionKind.QUANTIZE else ())[1].experts[4]
+    bits = (4, 3) if kind is ActionKind.QUANTIZE else ()
+    table = tables(module, bits=bits)[1].experts[4]
     offer = next(offer for offer in table.offers if offer.action.kind is kind)
+    if bits:
+        (offer,) = codes_made(module, 1, 4, settings_for(bits), [offer])
     row = (
         plan.layers[1]
         .experts[4]
@@ -121,11 +146,70 @@ def test_codes_of_the_last_matrix_may_have_the_next_number_of_bits(folder: Path,
     settings = TableSettings(coded, 1, (), 0, Distortion.MSE, OutputDType.FLOAT32, refit=True, bits=(4, 2), group=16)
     layer = find_moe_layers(module.op)[1]
     for table in layer_table(layer, module.calibration, settings).experts:
-        offers = {(offer.action.bits, offer.action.down_bits): offer for offer in table.offers[1:]}
+        made = codes_made(module, 1, table.expert, settings, list(table.offers[1:]))
+        offers = {(offer.action.bits, offer.action.down_bits): offer for offer in made}
         assert sorted(offers) == [(2, 2), (2, 4), (4, 4)]
         falling = [offers[key].distortion for key in sorted(offers)]
         assert falling == sorted(falling, reverse=True) and falling[-1] > 0
         assert [offers[key].bytes for key in sorted(offers)] == sorted(offers[key].bytes for key in offers)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_estimates_tell_what_codes_will_cost(refit: bool, folder: Path, tmp_path: Path) -> None:
+    """Within a factor of four, where prices span hundreds; bytes exactly."""
+    module = calibrated(folder, tmp_path)
+    assert module.calibration is not None
+    actions = frozenset({ActionKind.NARROW, ActionKind.QUANTIZE})
+    settings = TableSettings(
+        actions, 4, (), 0, Distortion.CURVATURE, OutputDType.FLOAT32, refit=refit, bits=(8, 4, 2), group=16
+    )
+    layer = find_moe_layers(module.op)[1]
+    table = layer_table(layer, module.calibration, settings).experts[4]
+    estimated = [offer for offer in table.offers if offer.sure is not None]
+    assert len(estimated) == 4 * 5
+    made = codes_made(module, 1, 4, settings, estimated)
+    prices = [offer.distortion for offer in made]
+    assert max(prices) > 300 * min(prices)
+    for real, guess in zip(prices, estimated, strict=True):
+        assert guess.distortion / 4 < real < 4 * guess.distortion
+    coder = coder_of(module, layer, 4, settings.group, refit=refit)
+    for offer in estimated:
+        packed = coder.coded(offer.neurons, offer.action.bits, offer.action.down_bits)
+        assert offer.bytes == stored_bytes(packed, settings.dtype)
+
+
+def test_codes_are_made_for_few_of_many_offers_and_all_that_are_chosen(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    original = SecondOrder.__call__
+
+    def counted(rounding: SecondOrder, part: Part) -> Packed:
+        made.append(part.where)
+        return original(rounding, part)
+
+    monkeypatch.setattr(SecondOrder, "__call__", counted)
+    module = calibrated(folder, tmp_path)
+    plan = solved(module, "bytes=20% bits=8,6,5,4,3,2 refit group=16 actions=narrow,zero")
+    assert module.calibration is not None
+    layers = find_moe_layers(module.op)
+    rows = [(layer, row) for layer, item in zip(layers, plan.layers, strict=True) for row in item.experts]
+    # each of them has 88 offers of codes; one coding of all numbers of bits would be 18 matrices
+    assert len(made) < 15 * len(rows)
+    assert plan.predicted == pytest.approx(sum(row.distortion for _, row in rows))
+    packed = [(layer, row) for layer, row in rows if row.bits]
+    assert packed
+    for layer, row in packed:
+        sample = module.calibration.sample(layer)
+        expert = load_expert(layer, sample.weights, row.expert)
+        assert isinstance(expert, FeedForward)
+        chosen, gates = sample.chosen(layer, row.expert)
+        coder = coder_of(module, layer, row.expert, plan.group, refit=True)
+        inputs = sample.x[chosen].float()
+        errors = coder.coded(row.neurons, row.bits, row.down_bits).apply(inputs) - expert.apply(inputs)
+        measure = ErrorMeasure.of(Distortion.CURVATURE, layer, sample, module.calibration.statistics(layer))
+        real = measure.of_expert(chosen).price(chosen, errors * gates[:, None])
+        assert row.distortion == pytest.approx(real, rel=1e-6)
 
 
 @pytest.mark.parametrize(
