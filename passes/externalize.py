@@ -19,7 +19,8 @@ class Externalize(Pass):
     In the ONNX artifact experts get a file of their own, in the order in which a run reaches them. All matrices of an
     expert lie together and start on a page of their own, so that a runtime that maps the file reads an expert when a
     token first chooses it. On the target ort-cpu, experts go to operators that compute on the mapped bytes, where there
-    are such; `prepacked` helps those that would copy their weights when the model is loaded, for more disk.
+    are such; `prepacked` helps those that would copy their weights when the model is loaded, for more disk, and packed
+    experts then go to `MatMulNBits`, as ONNX Runtime 1.31 cannot load what it arranges for `QMoE`.
     What a run needs for this is in `session.json` beside the model, and `moec run` and its like follow it.
     """
 

@@ -62,6 +62,8 @@ class EmitOptions:
     activations: Activations = Activations.FLOAT32
     # bytes of the pages on which experts lie in a file of their own; 0: they lie among the other weights
     page_bytes: int = 0
+    # the weights are stored once more, as the runtime's kernels arrange them
+    prepacked: bool = False
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ def emit_onnx(
     tokens = _EXPECTED_TOKENS[optimize_for]
     page = module.op.attributes.get(PAGE_ATTRIBUTE, 0)
     assert isinstance(page, int)
-    options = EmitOptions(target, dtype, weights_in_place, tokens, lowering, activations, page)
+    prepacked = PREPACKED_ATTRIBUTE in module.op.attributes
+    options = EmitOptions(target, dtype, weights_in_place, tokens, lowering, activations, page, prepacked)
     context = Context(builder, module.weights, options)
     emit_function(context, module.main)
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ def _session_facts(context: Context, module: Module, folder: Path) -> SessionFac
     copies = any(layer.choice.lowering is not Lowering.FUSED for layer in context.lowerings)
     if not copies:
         return SessionFacts({})
-    if PREPACKED_ATTRIBUTE in module.op.attributes:
+    if context.options.prepacked:
         nbytes = save_prepacked(folder / MODEL_FILE)
         return SessionFacts({}, f"{PREPACKED_FOLDER}/{MODEL_FILE}", nbytes)
     packed = any(isinstance(op, DequantOp) for op in module.op.walk())

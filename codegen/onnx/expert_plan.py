@@ -104,6 +104,9 @@ def _packed_or_refusal(context: Context, op: ExpertsOp) -> tuple[PackedFusedForm
     """The layer for the fused operator on packed weights, or why not, and what the parity gate saw."""
     if op in context.common:
         return None, "its experts occur again, and would be stored again", None
+    if context.options.prepacked:
+        # ONNX Runtime 1.31 loads what it saved for QMoE, and then computes something else or reads outside of it
+        return None, "what its kernel arranges cannot be loaded again", None
     try:
         form = packed_form(context, op)
         check_gates(context, op)

@@ -93,6 +93,22 @@ def test_what_loading_needs_is_written_down_and_done(
         assert loaded.get_session_config_entry(key) == value
 
 
+@pytest.mark.parametrize("activations", list(Activations), ids=lambda value: value.value)
+def test_what_was_arranged_before_computes_the_same(activations: Activations, tmp_path: Path) -> None:
+    """Also where the fused operator is asked for, whose arranged weights the runtime cannot load again."""
+    module = _packed_layer(8, 128, 192, 2)
+    module.op.attributes[PAGE_ATTRIBUTE] = PAGE
+    module.op.attributes[PREPACKED_ATTRIBUTE] = True
+    options = {"activations": activations, "lowering": Lowering.FUSED}
+    report = emit_onnx(module, tmp_path, target=Target.ORT_CPU, **options)
+    assert report.session is not None and report.session.prepacked
+    assert report.layers[0].choice.lowering is Lowering.LEAN
+    assert "cannot be loaded again" in report.layers[0].choice.reason
+    feeds = {"x": torch.randn((9, 128), generator=torch.Generator().manual_seed(0))}
+    found = OnnxModel(tmp_path / MODEL_FILE).session.run(None, {"x": feeds["x"].numpy()})[0]
+    assert_close(found, reference(module, feeds)["y"], 1e-5 if activations is Activations.FLOAT32 else 2e-2)
+
+
 def test_the_manifest_says_how_to_load(tmp_path: Path) -> None:
     save_tiny_checkpoint("mixtral", tmp_path / "source")
     out = tmp_path / "out"
