@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from moec.budget.actions import Action, ActionKind
+from moec.budget.lagrangian import solve_lagrangian
 from moec.budget.measure import Distortion
 from moec.budget.offers import TableSettings
 from moec.budget.plan import BudgetPlan, ExpertPlan, LayerPlan, write_plan
@@ -129,7 +130,7 @@ class SolveBudget(Pass):
         self._require_feasible(problem, module, tables)
         pricing = Pricing(layers, calibration, settings, tables)
         for number in range(_PRICINGS if pricing.has_estimates else 0):
-            solution = solve(problem, self.solver, nodes=self.nodes, gap=self.gap)
+            solution = solve_lagrangian(problem) or solve(problem, self.solver, nodes=self.nodes, gap=self.gap)
             if not pricing.price(solution.choices, neighbours=not number):
                 break
             problem = self._problem(module, layers, pricing.tables)
