@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import moec
 from moec.calibration.calibration import Calibration
-from moec.experts import MoeLayer, find_moe_layers, run_layer
+from moec.experts import MoeLayer, find_moe_layers, load_expert, run_layer
 from moec.frontend.model_kind import ModelKind
 from moec.module import Module
 from moec.pipeline.recipes import find_recipe
@@ -30,6 +30,7 @@ BITS = (4, 3, 2)
 WINDOWS = 640
 _PROBE = "sequences=64 length=64 reservoir=4096"
 _PROBE_SEED = 99
+_LEAST_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,37 @@ def layer_error(name: str, module: Module) -> float:
         wanted = sample.y.double()
         errors.append(float((found.double() - wanted).square().sum() / wanted.square().sum()))
     return float(np.mean(errors))
+
+
+@dataclass(frozen=True)
+class ExpertErrors:
+    """Relative squared errors of what experts give on the held-out rows that chose them, at least 16 for each.
+
+    The largest and the mean one of all experts, and that of all experts together, each row by the square of its gate.
+    """
+
+    largest: float
+    mean: float
+    by_gates: float
+
+
+def expert_errors(name: str, module: Module) -> ExpertErrors:
+    """Those of a module made from a fixture."""
+    calibration, layers = _probe(name)
+    errors, wrong, total = [], 0.0, 0.0
+    for old, new in zip(layers, find_moe_layers(module.op), strict=True):
+        sample = calibration.sample(old)
+        for number in range(old.expert_count):
+            rows, gates = sample.chosen(old, number)
+            if len(rows) < _LEAST_ROWS:
+                continue
+            x = sample.x[rows].float()
+            wanted = load_expert(old, module.weights, number).apply(x).double()
+            moved = (load_expert(new, module.weights, number).apply(x) - wanted).square().sum(1)
+            errors.append(float(moved.sum() / wanted.square().sum()))
+            wrong += float((gates.square() * moved).sum())
+            total += float((gates.square() * wanted.square().sum(1)).sum())
+    return ExpertErrors(max(errors), float(np.mean(errors)), wrong / total)
 
 
 @functools.cache

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import moec
+from moec.quantization.bit_plan import BitPlan, ExpertBits
 from tests.quality.bit_budget import compare
-from tests.quality.harness import SEEDS, calibrated, increases, measure
-from tests.quality.packed_experts import outcome, outcomes
+from tests.quality.harness import FIXTURES, SEEDS, calibrated, increases, load, measure
+from tests.quality.packed_experts import expert_errors, layer_error, outcome, outcomes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quality-quantization")]
 
@@ -46,14 +49,90 @@ def test_groups_lose_less_than_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_tokens_that_count_for_an_expert(name: str) -> None:
+    """With few tokens those that chose other experts help the worst expert, with many they harm it, and `auto` is as
+    good as the better choice. Weights by gates make the layer's errors smaller (MoEQuant)."""
+    for sequences, length in ((2, 64), (128, 64)):
+        for seed in SEEDS:
+            text = f"text={FIXTURES[name].calibration} sequences={sequences} length={length}"
+            found = {}
+            for policy in ("routed", "all", "auto", "affinity"):
+                module = load(name)
+                options = f"bits=3 group=32 method=gptq calibration={policy}"
+                moec.run_passes(module, f"calibrate{{{text}}},quantize{{{options}}}", seed=seed)
+                found[policy] = expert_errors(name, module)
+            print(name, sequences, seed, found)
+            if sequences == 2:
+                assert (
+                    found["all"].largest < found["routed"].largest and found["all"].mean < 0.95 * found["routed"].mean
+                )
+            else:
+                assert found["routed"].largest < 0.85 * found["all"].largest
+                assert found["affinity"].by_gates < 0.98 * found["routed"].by_gates
+            assert found["auto"].mean <= 1.02 * min(found["routed"].mean, found["all"].mean)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("average", "choices"), [(2, "1,2,3"), (3, "2,3,4")])
+def test_bits_by_the_errors_of_codes(name: str, average: int, choices: str) -> None:
+    """Bits for each matrix by what the codes of GPTQ lose: less than with equal bits, or the same bits for others."""
+    rows = []
+    for seed in SEEDS:
+        equal, chosen = calibrated(name, seed), calibrated(name, seed)
+        moec.run_passes(equal, f"quantize{{bits={average} group=32 method=gptq}}")
+        options = f"unit=projection method=gptq average={average} bits={choices} group=32"
+        moec.run_passes(chosen, f"allocate-bits{{{options}}}")
+        plan = chosen.bits
+        assert plan is not None and plan.average <= average
+        moec.run_passes(chosen, "quantize{planned group=32 method=gptq}")
+        chance = calibrated(name, seed)
+        generator = np.random.default_rng(seed)
+        mixed = {layer: tuple(bits[i] for i in generator.permutation(len(bits))) for layer, bits in plan.layers.items()}
+        chance.bits = BitPlan(mixed, plan.average, plan.cost)
+        moec.run_passes(chance, "quantize{planned group=32 method=gptq}")
+        rows.append([(measure(name, found).increase, layer_error(name, found)) for found in (equal, chosen, chance)])
+    losses, errors = np.moveaxis(np.asarray(rows), -1, 0)
+    print(name, average, "loss", losses.round(4).tolist(), "error", errors.round(5).tolist())
+    assert (errors[:, 1] < 0.9 * errors[:, 0]).all() and (errors[:, 1] < 0.9 * errors[:, 2]).all()
+    assert losses[:, 1].mean() < min(losses[:, 0].mean(), losses[:, 2].mean())
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_bands_by_energy(name: str) -> None:
-    """CAMERA: 8, 4 and 2 bits by energy cost less than the same bits the other way round; 4, 3 and 2 no more than 3."""
+    """CAMERA: 8, 4 and 2 bits by energy cost less than the same bits for neurons by chance, and those less than the
+    other way round; 4, 3 and 2 no more than 3."""
     bands = "allocate-bits{{unit=micro bits={} shares={} group=16}},quantize{{planned group=16}}"
     by_energy = increases(name, bands.format("8,4,2", "0.1,0.3,0.6"))
     reverse = increases(name, bands.format("2,4,8", "0.6,0.3,0.1"))
     assert (by_energy < 0.8 * reverse).all()
+    for seed, (least, most) in enumerate(zip(by_energy, reverse, strict=True)):
+        module = calibrated(name, seed)
+        moec.run_passes(module, "allocate-bits{unit=micro bits=8,4,2 shares=0.1,0.3,0.6 group=16}")
+        assert module.bits is not None
+        module.bits = _other_neurons(module.bits, seed)
+        moec.run_passes(module, "quantize{planned group=16}")
+        chance = measure(name, module).increase
+        print(f"{name}, seed {seed}: by energy {least:+.4f}, by chance {chance:+.4f}, the other way round {most:+.4f}")
+        assert least < 0.8 * chance and chance < 0.9 * most
     mixed = increases(name, bands.format("4,3,2", "0.25,0.5,0.25"))
     assert (mixed <= increases(name, "quantize{bits=3 group=16}")).all()
+
+
+def _other_neurons(plan: BitPlan, seed: int) -> BitPlan:
+    """Bands of the same sizes with neurons by chance."""
+    generator = np.random.default_rng(seed)
+
+    def mixed(bits: ExpertBits | None) -> ExpertBits | None:
+        if bits is None:
+            return None
+        neurons = generator.permutation([neuron for band in bits.bands for neuron in band.neurons]).tolist()
+        bands = []
+        for band in bits.bands:
+            own, neurons = neurons[: len(band.neurons)], neurons[len(band.neurons) :]
+            bands.append(replace(band, neurons=tuple(own)))
+        return replace(bits, bands=tuple(bands))
+
+    return replace(plan, layers={layer: tuple(map(mixed, bits)) for layer, bits in plan.layers.items()})
 
 
 @pytest.mark.parametrize("name", MODELS)
