@@ -18,6 +18,8 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALE_SUFFIX = "_scale_inv"
 _BLOCKS_SUFFIX = "_blocks"
 _SCALES_SUFFIX = "_scales"
+# of integers of GPTQ, AWQ and compressed-tensors
+_PACKED_SUFFIXES = (".qweight", ".weight_packed")
 
 
 class Quantization(Enum):
@@ -43,6 +45,7 @@ def read_quantization_config(quantization_config: object, where: str) -> Quantiz
     """
     if quantization_config is None:
         return QuantizationScheme(Quantization.NONE)
+    where = f"{where}, quantization_config"
     values: Mapping[str, Any]
     if isinstance(quantization_config, Mapping):
         values = quantization_config
@@ -52,6 +55,8 @@ def read_quantization_config(quantization_config: object, where: str) -> Quantiz
     method = str(getattr(method, "value", method))
     if method == Quantization.MXFP4.value:
         return QuantizationScheme(Quantization.MXFP4)
+    if "quant_method" not in values:
+        raise _unsupported("the checkpoint is quantised, and no quant_method says how", where)
     if method != Quantization.FP8_BLOCK.value:
         raise _unsupported(f"the checkpoint is quantised with quant_method {method!r}", where)
     block_size = values.get("weight_block_size")
@@ -67,7 +72,7 @@ def read_quantization_config(quantization_config: object, where: str) -> Quantiz
 def _unsupported(problem: str, where: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         problem,
-        where=f"{where}, quantization_config",
+        where=where,
         hint="moec reads fp8 with weight_block_size (as DeepSeek-V3) and mxfp4 (as gpt-oss); "
         "use such a checkpoint or one that is not quantised",
     )
@@ -96,6 +101,8 @@ def symbolic_tensors(checkpoint: Checkpoint, scheme: QuantizationScheme) -> dict
                 else f"the tensor {name} is float8, but config.json has no quantization_config"
             )
             raise _inconsistent(problem, checkpoint, name)
+        elif name.endswith(_PACKED_SUFFIXES) and not spec.dtype.is_floating_point:
+            raise _unsupported(f"the tensor {name} is packed weights", str(checkpoint.location(name).path))
         else:
             tensors[name] = SymbolicTensor(Reference(name), spec.shape, spec.dtype)
     return tensors
@@ -150,6 +157,9 @@ def _mxfp4_tensors(checkpoint: Checkpoint) -> dict[str, SymbolicTensor]:
             raise _inconsistent(f"{name} is {spec} in an mxfp4 checkpoint", checkpoint, name)
         else:
             tensors[name] = SymbolicTensor(Reference(name), spec.shape, spec.dtype)
+    if not any(isinstance(tensor.expression, Mxfp4) for tensor in tensors.values()):
+        problem = f"the quantization_config says mxfp4, and no tensor is called *{_BLOCKS_SUFFIX}"
+        raise _inconsistent(problem, checkpoint, next(iter(checkpoint)))
     return tensors
 
 

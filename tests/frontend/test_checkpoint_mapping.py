@@ -271,6 +271,16 @@ def test_integer_weights_without_quantization_config(folders: dict[str, Path], t
     assert name in error.message and "int8" in error.message
 
 
+def test_packed_weights_without_quantization_config(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As GPTQ writes them."""
+    tensors = _copy(folders["llama"], tmp_path)
+    name = "model.layers.0.mlp.up_proj"
+    weight = tensors.pop(f"{name}.weight")
+    tensors[f"{name}.qweight"] = torch.zeros(weight.shape[1] // 8, weight.shape[0], dtype=torch.int32)
+    error = _refused(tmp_path, tensors)
+    assert f"{name}.qweight" in error.message and "not quantised" in (error.hint or "")
+
+
 def _quantise_fp8(
     tensors: dict[str, torch.Tensor], names: list[str], rows: int, columns: int
 ) -> dict[str, torch.Tensor]:
@@ -390,6 +400,12 @@ def test_inconsistent_mxfp4_checkpoint(fault: str, folders: dict[str, Path], tmp
     assert name in _refused(tmp_path, tensors).message
 
 
+def test_mxfp4_without_a_packed_tensor(folders: dict[str, Path], tmp_path: Path) -> None:
+    tensors = _copy(folders["gpt_oss"], tmp_path, {"quantization_config": {"quant_method": "mxfp4"}})
+    error = _refused(tmp_path, tensors)
+    assert "mxfp4" in error.message and "do not belong together" in (error.hint or "")
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -410,7 +426,7 @@ def test_inconsistent_mxfp4_checkpoint(fault: str, folders: dict[str, Path], tmp
 def test_other_quantisations_are_refused_by_name(config: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError, match="quantised") as caught:
         read_quantization_config(config, "config.json")
-    assert str(config.get("quant_method")) in caught.value.message
+    assert str(config.get("quant_method", "no quant_method")) in caught.value.message
     assert "quantization_config" in caught.value.where
 
 
