@@ -142,6 +142,41 @@ def source_losses(name: str) -> NDArray[np.float64]:
 
 def loss(module: Module, text: Path, *, sequences: int = SEQUENCES, length: int = LENGTH) -> NDArray[np.float64]:
     """Loss of each window of a text, float64 [sequences], scaled so that their mean is nats per byte of the text."""
+    return predict(module, text, sequences=sequences, length=length).losses()
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of windows of text: `logits` float32 [sequences, length, vocabulary] of the `targets` i64
+    [sequences, length], which are `bytes` of the text."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    bytes: int
+
+    def losses(self) -> NDArray[np.float64]:
+        """Of each window, float64 [sequences], scaled so that their mean is nats per byte."""
+        parts = [
+            torch.nn.functional.cross_entropy(rows.double().mT, wanted, reduction="none").sum(1)
+            for rows, wanted in zip(self.logits.split(16), self.targets.split(16), strict=True)
+        ]
+        return np.asarray(torch.cat(parts).numpy() * (len(self.targets) / self.bytes), np.float64)
+
+    def divergence(self, other: Predictions) -> float:
+        """Of another model's predictions from these, Kullback-Leibler, nats per byte.
+
+        A change of the loss also has a part that is as likely a gain: where a model is hardly changed that is the
+        larger one. This has not: it is what the change costs on text of this model's own.
+        """
+        total = 0.0
+        for mine, theirs in zip(self.logits.split(16), other.logits.split(16), strict=True):
+            wanted, found = (torch.log_softmax(rows.double(), -1) for rows in (mine, theirs))
+            total += float((wanted.exp() * (wanted - found)).sum())
+        return total / self.bytes
+
+
+def predict(module: Module, text: Path, *, sequences: int = SEQUENCES, length: int = LENGTH) -> Predictions:
+    """Predictions for windows spread evenly over a text."""
     folder = module.source.folder
     assert folder is not None
     tokenized = _tokens(folder, text)
@@ -151,13 +186,7 @@ def loss(module: Module, text: Path, *, sequences: int = SEQUENCES, length: int 
     batch = TokenBatch(np.ascontiguousarray(tokens[:, :-1]), np.ones((sequences, length), np.int64))
     with torch.no_grad():
         results = Executor(module.op, module.weights, keep_weights=True).run(function_inputs(module.main, batch))
-        logits = next(iter(results.values()))
-        targets = torch.from_numpy(tokens[:, 1:])
-        parts = [
-            torch.nn.functional.cross_entropy(rows.double().mT, wanted, reduction="none").sum(1)
-            for rows, wanted in zip(logits.split(16), targets.split(16), strict=True)
-        ]
-    return np.asarray(torch.cat(parts).numpy() * (sequences / covered), np.float64)
+    return Predictions(next(iter(results.values())), torch.from_numpy(tokens[:, 1:]), covered)
 
 
 def expert_bytes(module: Module) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 import moec
 from moec.quantization.bit_plan import BitPlan, ExpertBits
-from tests.quality.bit_budget import compare
+from tests.quality.bit_budget import compare, increase
 from tests.quality.harness import FIXTURES, SEEDS, calibrated, increases, load, measure
 from tests.quality.packed_experts import expert_errors, layer_error, outcome, outcomes
 
@@ -46,6 +46,17 @@ def test_fewer_bits_lose_more(name: str) -> None:
 def test_groups_lose_less_than_rows(name: str) -> None:
     groups, rows = (seeds_of(name, f"bits=2 group={group} method=gptq") for group in ("32", "row"))
     assert (groups < rows).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_is_far_better_than_nearest_codes(name: str) -> None:
+    """EfficientQAT, 2 bits: codes and scales of one expert at a time, and scales alone on text, from end to end."""
+    nearest = seeds_of(name, "bits=2 group=32")
+    experts = seeds_of(name, "bits=2 group=32 method=block-ap")
+    tune = f"tune{{train=scales target=text steps=120 rate=0.001 text={FIXTURES[name].calibration}}}"
+    scales = increases(name, f"quantize{{bits=2 group=32}},{tune}")
+    print(f"{name}: nearest {nearest}, one expert at a time {experts}, scales on text {scales}")
+    assert (experts < 0.5 * nearest).all() and (scales < 0.5 * nearest).all()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -171,11 +182,15 @@ def test_the_best_recipes_at_equal_stored_bytes(name: str, bits: int) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_budget_with_bits_beats_uniform_plans(name: str) -> None:
-    """Also that no uniform plan as small is better at or below a quarter of the bytes."""
+    """At a quarter of the bytes and at 15 % all uniform plans as small do more damage, at a quarter those of equal bits
+    much more, and at 15 % those as large do more. By the loss the latter two hold; what most bits for the last matrices
+    cost at a quarter is within its noise."""
     quarter, sixth = compare(name)
     for found in (quarter, sixth):
-        print(found.line())
+        print(*found.lines(), sep="\n")
         assert found.solved.share <= found.budget + 0.002
-        assert found.solved.increase <= min(found.best_uniform(mixed=mixed).increase for mixed in (False, True))
-    assert quarter.solved.increase <= 0.65 * quarter.best_uniform(mixed=False).increase
-    assert sixth.solved.increase < sixth.frontier
+        assert found.solved.divergence < min(found.best_uniform(mixed=mixed).divergence for mixed in (False, True))
+        assert found.solved.divergence < found.frontier()
+    assert quarter.solved.divergence <= 0.65 * quarter.best_uniform(mixed=False).divergence
+    assert quarter.solved.increase <= 0.65 * quarter.best_uniform(increase, mixed=False).increase
+    assert sixth.solved.increase < sixth.frontier(increase)
