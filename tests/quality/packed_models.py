@@ -7,8 +7,8 @@
 The demo model, SmolLM2-135M with its blocks cut into 8 experts of which 4 are chosen (as a checkpoint that the recipe
 `best` for dense models makes of it first, from which all rows are compiled), and all-MiniLM-L6-v2. Experts take the
 recipes `best4`, `best3` and `best2`; mixed bits are those that `mxmoe-like` chooses; attention, embeddings and head are
-packed to nearest codes in one row. The encoder has no experts: all of
-its weights are packed, its blocks by GPTQ; mixed bits are 8 for attention and embeddings and 3 for blocks.
+packed to nearest codes in one row. The encoder has no experts: all of its weights are packed, its blocks by GPTQ; mixed
+bits are 8 for attention and embeddings and 3 for blocks.
 
 Loss is nats per token of held-out text through the artifact's cache; for the encoder it is the mean of 1 - cosine to
 the float32 embeddings of sentences. Agreement is the share of a token's experts that the routers of source and artifact
