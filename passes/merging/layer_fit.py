@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 
 from moec.calibration.sample import LayerSample
-from moec.experts import Dense, Expert, FeedForward, LowRank, MoeLayer, load_expert
+from moec.experts import Dense, Expert, FeedForward, LowRank, MoeLayer, Quantized, load_expert
 from moec.passes.merging.least_squares import held_out_rows, mean_square, ridge_changes
 from moec.weights.context import WeightContext
 
@@ -44,7 +44,7 @@ class LayerFit:
     """`experts` with their new last products, empty where the fit is not to be used, and then `problem` says why.
 
     `before` and `after`: squared error of the layer as a share of its squared output, on the rows that the fit did not
-    see, weighted as the fit is; `exact` that there was nothing to fit.
+    see, weighted as the fit is; `exact` that there was nothing to fit, `packed` that last products are codes.
     """
 
     experts: Mapping[int, Expert]
@@ -52,6 +52,7 @@ class LayerFit:
     after: float = 0.0
     problem: str = ""
     exact: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def fit_layer(
     count with what they give. A fit on the rows that are not held out must lower the error of those that are; then
     all rows are fitted. Raises as `load_expert`.
     """
-    parts, residual = _parts(layer, sample, weights)
+    parts, residual, packed = _parts(layer, sample, weights)
     if not len(sample) or not parts:
-        return LayerFit({}, problem="no expert of it can be fitted")
+        return LayerFit({}, problem="no expert of it can be fitted", packed=packed)
     if mean_square(residual) <= EXACT * mean_square(sample.y):
         return LayerFit({}, exact=True)
     if len(sample) < settings.least_tokens:
@@ -114,10 +115,12 @@ def fit_layer(
     return LayerFit(experts, before, after)
 
 
-def _parts(layer: MoeLayer, sample: LayerSample, weights: WeightContext) -> tuple[list[_Part], torch.Tensor]:
-    """What can be fitted, and what the layer as it is leaves of the wanted output, float64 [R, H]."""
+def _parts(layer: MoeLayer, sample: LayerSample, weights: WeightContext) -> tuple[list[_Part], torch.Tensor, bool]:
+    """What can be fitted, what the layer as it is leaves of the wanted output, float64 [R, H], and whether it has last
+    products in codes."""
     residual = sample.y.double().clone()
-    parts = []
+    parts: list[_Part] = []
+    packed = False
     for number in range(layer.expert_count):
         rows, gates = sample.chosen(layer, number)
         if not len(rows):
@@ -129,10 +132,11 @@ def _parts(layer: MoeLayer, sample: LayerSample, weights: WeightContext) -> tupl
             continue
         hidden = expert.hidden_activations(x)
         residual.index_add_(0, rows, -gates[:, None] * expert.down.apply(hidden).double())
+        packed = packed or isinstance(expert.down.matrix, Quantized)
         features = None if number in layer.protected else fitted_features(expert, hidden)
         if features is not None:
             parts.append(_Part(number, expert, rows, gates[:, None] * features.double()))
-    return parts, residual
+    return parts, residual, packed
 
 
 def _row_scales(y: torch.Tensor) -> torch.Tensor:

@@ -192,6 +192,17 @@ def test_factors_that_experts_share_are_not_fitted(mixtral: Module) -> None:
     assert structural_difference(source.op, result.op) is None
     assert record.statistics["rejected"] == 2
     assert all("no expert of it can be fitted" in remark.text for remark in record.remarks)
+    assert record.warnings == record.remarks
+
+
+def test_codes_are_not_fitted_and_nobody_is_warned(mixtral: Module) -> None:
+    """`solve-budget` fits before it packs."""
+    source = copy_of(mixtral)
+    moec.run_passes(source, "quantize{bits=4 group=row}")
+    source.calibration = mixtral.calibration
+    result, record = refitted(source)
+    assert structural_difference(source.op, result.op) is None
+    assert record.statistics["rejected"] == len(record.remarks) == 2 and not record.warnings
 
 
 def test_too_few_tokens(mixtral: Module) -> None:
